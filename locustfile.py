@@ -1,0 +1,687 @@
+"""Load-test a TCP chat server with Locust: connect, send chat messages, time their echoes.
+
+    locust --headless --users 20 --spawn-rate 10 --run-time 10s --echo-server   a trial, no server needed
+    locust --host=localhost:12345                                               web UI on port 8089
+    python locustfile.py localhost 12345                                        five messages, no load
+
+Rows in the statistics, all of type TCP:
+
+    connect         name look-up and TCP handshake
+    send_chat       until the kernel has taken the last byte of a message
+    echo_response   round trip: from just before the send until the last byte of the echo was read
+    disconnect      only as a failure: the server ended a connection while no message was in flight
+
+A new scenario is one more method with ``@task`` in ``ChatClient`` that calls ``self.client.send_chat(text)``.
+"""
+
+from __future__ import annotations
+
+# Locust comes first: it replaces the blocking calls of the standard library with gevent's.
+from locust import User, between, events, stats, task  # isort: skip
+
+import argparse
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import random
+import re
+import secrets
+import socket
+import statistics
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from time import perf_counter
+from typing import Any, Literal
+
+import gevent
+import psutil
+from gevent.hub import Hub, Waiter
+from gevent.server import StreamServer
+from gevent.socket import wait_write
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.event import EventHook
+from locust.runners import WorkerRunner
+
+MESSAGE_LIMIT = 1024 * 1024  # bytes: no chat message is longer; more without an end is a flood
+READ_SIZE = 64 * 1024  # bytes a read: many messages in one call, yet other users get their turn
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to connect: after one failure, after many
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 12345  # of the built-in echo server and the standalone mode
+
+EchoMode = Literal["full", "tag", "any", "none"]
+logger = logging.getLogger(__name__)
+Hub.NOT_ERROR = (*Hub.NOT_ERROR, KeyboardInterrupt)  # Ctrl-C ends a run, and gevent need not print it as an error
+
+
+class ChatError(Exception):
+    """What a request fails with. A docstring is the text: always the same, as Locust counts failures by it."""
+
+    def __init__(self) -> None:
+        super().__init__(str(self.__doc__))
+
+
+class EchoError(ChatError):
+    """The exchange failed, the connection stands."""
+
+
+class EchoTimeout(EchoError, TimeoutError):
+    """No echo came within the time-out."""
+
+
+class EchoTruncated(EchoError):
+    """The echo ends before the message does."""
+
+
+class EchoAltered(EchoError):
+    """The echo is not what was sent."""
+
+
+class ConnectionClosed(ChatError, ConnectionError):
+    """The server closed the connection."""
+
+
+class MessageTooLong(ChatError):
+    """The server sent over 1 MiB without the end of a message."""
+
+
+class FramingError(ChatError):
+    """The framing failed on what the server sent (the cause is logged at level DEBUG)."""
+
+
+class Framing:
+    """How messages lie in the byte stream; one object for each connection. This one, ``raw``, is no framing: whatever
+    one read returns is a message. Another framing is any object with these two methods."""
+
+    def encode(self, payload: bytes) -> bytes:
+        """Return the bytes to send for one message; raise ``ValueError`` for one that cannot be carried."""
+        return payload
+
+    def feed(self, data: bytes) -> Iterable[bytes]:
+        """Take the next received bytes, cut anywhere; return the payloads that are complete now."""
+        return (data,)
+
+
+class LineFraming(Framing):
+    r"""A message ends with ``\n``; a ``\r`` before it is dropped."""
+
+    def __init__(self) -> None:
+        self._tail = bytearray()
+
+    def encode(self, payload: bytes) -> bytes:
+        r"""Return payload and ``\n``; raise ``ValueError`` where the other side would read something else."""
+        if b"\n" in payload or payload.endswith(b"\r"):
+            raise ValueError("line framing carries no line break, and no carriage return at the end of a message")
+        return payload + b"\n"
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the lines that end in data; raise ``MessageTooLong`` for one over the limit."""
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        if lines and self._tail:
+            lines[0] = bytes(self._tail) + lines[0]
+            self._tail.clear()
+        self._tail += rest
+        if len(self._tail) > MESSAGE_LIMIT + 1 or (lines and len(lines[0]) > MESSAGE_LIMIT + 1):
+            raise MessageTooLong
+        return [line.removesuffix(b"\r") for line in lines]
+
+
+class LengthPrefixFraming(Framing):
+    """A message is its length, packed as the ``struct`` format says, and then as many bytes."""
+
+    def __init__(self, length_format: str) -> None:
+        self._length = struct.Struct(length_format)
+        self._buffer = bytearray()
+
+    def encode(self, payload: bytes) -> bytes:
+        """Return prefix and payload; raise ``ValueError`` for a length that the prefix cannot say."""
+        try:
+            return self._length.pack(len(payload)) + payload
+        except struct.error:
+            raise ValueError("the message is longer than its length prefix can say") from None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the payloads that data completes; raise ``MessageTooLong`` for a length over the limit."""
+        self._buffer += data
+        header = self._length.size
+        while len(self._buffer) >= header:
+            length = self._length.unpack_from(self._buffer)[0]
+            if length > MESSAGE_LIMIT:
+                raise MessageTooLong
+            if len(self._buffer) < header + length:
+                break
+            payload = bytes(self._buffer[header : header + length])
+            del self._buffer[: header + length]
+            yield payload
+
+
+def framing_factory(framing: str | Callable[[], Framing]) -> Callable[[], Framing]:
+    """Return what makes the framing of a connection: a factory as it is, else that of ``line``, ``raw`` or a prefix."""
+    if callable(framing):
+        return framing
+    named = {"line": LineFraming, "raw": Framing}.get(checked(framing, "chat-framing"))
+    return named or functools.partial(LengthPrefixFraming, framing)
+
+
+NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
+PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
+OPTIONS = {  # what a value looks like, what it means, what can be written
+    "tcp-port": (PORT, "Port of the chat server where the host names none", "a port from 1 to 65535"),
+    "chat-framing": (
+        "line|raw|[@=<>!]?[BHILQ]",
+        "How messages are framed",
+        "line (default), raw, or a prefix like >I, <H",
+    ),
+    "chat-echo": ("full|tag|any|none", "What counts as the echo", "full (default), tag, any or none"),
+    "chat-timeout": (
+        f"(?=.*[1-9]){NUMBER}",
+        "Time to connect, or for a message and its echo",
+        "seconds above 0 (default 5)",
+    ),
+    "chat-wait": (f"{NUMBER}(-{NUMBER})?", "Pause between messages", "seconds, such as 2, 0.5-2 or 0 (default 1-3)"),
+}
+
+
+class SettingError(argparse.ArgumentTypeError, ValueError):
+    """A setting is wrong. The text says what was written, and what to write instead."""
+
+    def __init__(self, written: object, instead: str) -> None:
+        super().__init__(f"{repr(written) if written else 'an empty setting'} will not do: write {instead}")
+
+
+def checked(value: object, option: str) -> str:
+    """Return the text of a value that the option can have; raise ``SettingError`` for another."""
+    pattern, _, instead = OPTIONS[option]
+    if not re.fullmatch(pattern, str(value), re.ASCII):
+        raise SettingError(value, instead)
+    return str(value)
+
+
+def parse_address(host: str | None, port: str | None = None) -> tuple[str, int]:
+    """Return host and port of ``host:port``, ``tcp://host:port``, ``[::1]:port``, or of a host and the given port."""
+    text = (host or "").strip().removeprefix("tcp://")
+    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s:/\[\]@?#\\]+))(?::([^/]*))?", text)
+    try:
+        name = (match[1] or match[2]).encode("idna").decode() if match else ""
+    except UnicodeError:  # an empty or overlong label
+        name = ""
+    if match is None or not name:
+        raise SettingError(host, "host:port, such as localhost:12345 or [::1]:12345")
+    if match[3] is None and not port:
+        raise SettingError(host, f"{text}:12345, or give the port as --tcp-port or TCP_PORT")
+    return name, int(checked(port or "" if match[3] is None else match[3], "tcp-port"))
+
+
+@functools.cache
+def client_numbers() -> Iterator[int]:
+    """Return the numbers for this process's clients. First called after Locust has forked its workers, so that
+    each process counts from a random number of its own."""
+    return itertools.count(secrets.randbits(32))
+
+
+class TCPSocketClient:
+    """A chat connection. Every call blocks its caller and, under gevent, nobody else.
+
+    Failures are request events, never raised into the task. Reading is driven by the event loop, also between
+    messages: so a broadcast does not pile up in the server, nor an echo wait to be timed for its user's turn.
+
+    :param request_event: the hook that the events are fired on, Locust's ``environment.events.request``
+    :param framing: ``line``, ``raw``, a ``struct`` format of a length prefix, or a factory of :class:`Framing`
+    :param echo: what counts as the echo: ``full``, ``tag``, ``any`` or ``none`` (the README says more)
+    :param timeout: seconds for connecting, and for one exchange, that is, send and echo together
+    :param compose: used instead of :meth:`compose`
+    :param on_connect: called after every successful connect, to log in; may call :meth:`send_chat`
+    :raises ValueError: for a wrong framing, echo or time-out
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        request_event: EventHook,
+        *,
+        framing: str | Callable[[], Framing] = "line",
+        echo: EchoMode = "full",
+        timeout: float = 5.0,
+        compose: Callable[[str, str], str] | None = None,
+        on_connect: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.host, self.port, self._request_event = host, port, request_event
+        self.echo, self.timeout = checked(echo, "chat-echo"), float(checked(timeout, "chat-timeout"))
+        self.fault: ValueError | None = None
+        """A wrong setting that every attempt to connect fails with."""
+        self._new_framing = framing_factory(framing)
+        self._compose, self._on_connect = compose or self.compose, on_connect
+        self._identity, self._messages = f"{next(client_numbers()) % 2**32:08x}", 0
+        hub = gevent.get_hub()
+        self._loop, self._waiter = hub.loop, Waiter(hub)
+        self._socket: Any = None
+        self._framing = self._new_framing()
+        self._watcher: Any = None
+        self._timer: Any = None
+        # The exchange in flight: the echo contains what is awaited, a damaged echo at least the tag.
+        self._busy, self._deadline, self._arrived = False, 0.0, 0.0
+        self._awaited: bytes | None = None
+        self._tag = b""
+        self._outcome: bytes | Exception | None = None
+        # Connecting, and connecting again.
+        self._greeting, self._failures, self._next_attempt, self._connected_at = False, 0, 0.0, math.inf
+
+    @staticmethod
+    def compose(tag: str, message: str) -> str:
+        """Return the text to send. The tag stands first: a server that cuts long messages still returns it."""
+        return f"[{tag}] {message}"
+
+    def connect(self) -> bool:
+        """Connect unless connected, then call ``on_connect``; return whether the connection stands after it.
+
+        After a failure this waits first: 0.1 s, doubling to 5 s, with full jitter, so that thousands of users
+        do not storm a server that comes up again.
+        """
+        if self._socket is not None:
+            return True
+        gevent.sleep(max(0.0, self._next_attempt - perf_counter()))
+        started = perf_counter()
+        try:
+            self._open()
+        except (OSError, ValueError) as error:
+            self._drop()
+            self._report("connect", started, perf_counter(), 0, error)
+            return False
+        self._report("connect", started, self._connected_at, 0)
+        self._greeting = True  # what on_connect sends goes over this connection or none
+        try:
+            self._on_connect()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._greeting = False
+        return self._socket is not None
+
+    def close(self) -> None:
+        """Close the connection if there is one. The next message opens a new one."""
+        if self._socket is None:
+            return
+        for watcher in filter(None, (self._watcher, self._timer)):
+            watcher.stop()
+            watcher.close()
+        self._socket.close()
+        self._socket = self._watcher = self._timer = None
+        if self._busy and self._outcome is None:
+            self._settle(ConnectionClosed())
+
+    def send_chat(self, message: str, *, echo: EchoMode | None = None) -> str | None:
+        """Send one message, connecting first if need be, and wait for its echo.
+
+        A message that starts with ``/`` is a command: it goes out untouched, and ``any`` message answers it.
+
+        :param echo: what counts as the echo of this message, instead of the client's mode
+        :returns: the text of the echo; None where the exchange failed or no echo is awaited
+        :raises ValueError: for a message that the framing cannot carry, before anything is sent
+        """
+        mode = self.echo if echo is None else checked(echo, "chat-echo")
+        if message.startswith("/") and mode != "none":
+            mode = "any"
+        if self._busy:
+            raise RuntimeError("one message at a time: give each greenlet a TCPSocketClient of its own")
+        if mode == "any" and self._socket is not None:
+            self._on_readable()  # what has come before the send is not the answer
+        if self._socket is None and (self._greeting or not self.connect()):
+            return None
+        if mode in ("full", "tag"):
+            self._messages += 1
+            tag = f"{self._identity}.{self._messages}"
+            message, self._tag = self._compose(tag, message), tag.encode()
+        payload = message.encode()
+        data = self._framing.encode(payload)
+        awaited = {"full": payload, "tag": self._tag, "any": b"", "none": None}[mode]
+        try:
+            return self._exchange(data, awaited)
+        except BaseException:  # Locust stops this user: nothing to report, and no use for half an exchange
+            self.close()
+            raise
+        finally:
+            self._busy, self._awaited = False, None
+
+    def _exchange(self, data: bytes, awaited: bytes | None) -> str | None:
+        """Send data, wait for a message that contains what is awaited, report both; return the echo's text."""
+        started = perf_counter()
+        self._busy, self._awaited, self._outcome = True, awaited, None
+        self._deadline = started + self.timeout
+        if self._timer is None:
+            self._start_timer(self.timeout)
+        try:
+            self._transmit(data)
+        except OSError as error:
+            self._drop()
+            self._report("send_chat", started, perf_counter(), len(data), error)
+            return None
+        self._report("send_chat", started, perf_counter(), len(data))
+        while awaited is not None and self._outcome is None:
+            self._waiter.get()
+            self._waiter.clear()
+        outcome = self._outcome
+        if isinstance(outcome, Exception):
+            if awaited == b"" or not isinstance(outcome, EchoError):
+                self._drop()  # after a time-out in mode any, a late answer would be taken for the next one
+            if awaited is None:
+                self._report("disconnect", started, started, 0, outcome)
+            else:
+                self._report("echo_response", started, self._arrived, 0, outcome)
+            return None
+        self._failures = 0
+        if outcome is None:
+            return None
+        self._report("echo_response", started, self._arrived, len(outcome))
+        return outcome.decode("utf-8", "replace")
+
+    def _open(self) -> None:
+        """Connect and watch for bytes; raise ``OSError``, or ``ValueError`` for a wrong setting."""
+        if self.fault is not None:
+            raise self.fault
+        sock = None
+        # One limit for the look-up and all addresses together; a time-out of the socket would count for each.
+        with gevent.Timeout(self.timeout, False):
+            sock = socket.create_connection((self.host, self.port))
+        if sock is None:
+            raise TimeoutError("no connection within the time-out")
+        sock.settimeout(0)
+        # Without it, a message can wait in the kernel until an earlier one is acknowledged (RFC 896).
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._framing, self._connected_at = sock, self._new_framing(), perf_counter()
+        self._watcher = self._loop.io(sock.fileno(), 1)  # 1: libev's EV_READ
+        self._watcher.start(self._on_readable)
+
+    def _transmit(self, data: bytes) -> None:
+        """Hand data to the kernel, waiting while its buffer is full; raise ``OSError``."""
+        unsent, sock = memoryview(data), self._socket
+        while unsent:
+            try:
+                unsent = unsent[sock.send(unsent) :]
+            except BlockingIOError:
+                late = TimeoutError("the server did not take the message within the time-out")
+                wait_write(sock.fileno(), max(0.0, self._deadline - perf_counter()), late)
+
+    def _drop(self) -> None:
+        """Close after a failure, and put off the next attempt. The pauses grow until a message is echoed or a
+        connection lasts."""
+        self.close()
+        now = perf_counter()
+        if now - self._connected_at > LONGEST_PAUSE:
+            self._failures = 0
+        self._next_attempt = now + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures, 10)))
+        self._failures, self._connected_at = self._failures + 1, math.inf
+
+    def _report(self, name: str, start: float, end: float, length: int, error: Exception | None = None) -> None:
+        """Fire one request event, with its time in ms and its length in bytes."""
+        time = (end - start) * 1000
+        self._request_event.fire(
+            request_type="TCP", name=name, response_time=time, response_length=length, exception=error, context={}
+        )
+
+    # What follows runs in the event loop, where it must neither block nor raise.
+
+    def _on_readable(self) -> None:
+        """Read what has come, cut it into messages, hand over the echo with the time of its arrival."""
+        try:
+            data = self._socket.recv(READ_SIZE)
+            arrived = perf_counter()
+            if not data:
+                raise ConnectionClosed
+            for payload in self._framing.feed(data):
+                if self._awaited is None:
+                    continue
+                if self._awaited in payload:
+                    self._settle(payload, arrived)
+                elif self._tag in payload:
+                    expected = self._awaited[self._awaited.find(self._tag) :]
+                    truncated = expected.startswith(payload[payload.find(self._tag) :])
+                    self._settle(EchoTruncated() if truncated else EchoAltered(), arrived)
+        except BlockingIOError:
+            pass
+        except (OSError, MessageTooLong) as error:
+            self._on_loss(error)
+        except Exception:  # a framing of the user's own can raise anything
+            logger.debug("the framing failed", exc_info=True)
+            self._on_loss(FramingError())
+
+    def _on_loss(self, error: Exception) -> None:
+        """Tell the waiting user, who then closes the connection; close it here where none waits."""
+        if self._busy and self._outcome is None:
+            self._watcher.stop()
+            self._settle(error)
+        else:
+            self._drop()
+            now = perf_counter()
+            gevent.spawn(self._report, "disconnect", now, now, 0, error)  # a listener may block
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = self._loop.timer(seconds)
+        self._timer.start(self._on_timer)
+
+    def _on_timer(self) -> None:
+        """End the exchange in flight if its deadline has passed. The timer is not set anew for each exchange:
+        it finds here that a later one is in flight, and goes on for the rest of that one's time."""
+        self._timer.close()
+        self._timer = None
+        now = perf_counter()
+        if self._busy and now < self._deadline:
+            self._start_timer(self._deadline - now)
+        elif self._awaited is not None:
+            self._settle(EchoTimeout(), now)
+
+    def _settle(self, outcome: bytes | Exception, arrived: float | None = None) -> None:
+        """Wake the waiting user, but only after all other connections that are ready now have been read."""
+        self._awaited, self._outcome = None, outcome
+        self._arrived = perf_counter() if arrived is None else arrived
+        self._loop.run_callback(self._waiter.switch, None)
+
+
+class TCPChatUser(User):
+    """A user with a chat connection, ``self.client``. An option given by the person who runs the test wins over
+    the attribute of the class."""
+
+    abstract = True
+
+    framing: str | Callable[[], Framing] = "line"
+    """``line``, ``raw``, a ``struct`` format of a length prefix, or a factory of :class:`Framing`."""
+    echo: EchoMode = "full"
+    """What counts as the echo: ``full``, ``tag``, ``any`` or ``none``."""
+    timeout: float = 5.0
+    """Seconds for connecting, and for one exchange."""
+    wait_time = between(1, 3)
+    """Seconds between two messages."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        wait = getattr(environment.parsed_options, "chat_wait", None)
+        try:
+            self.client = self.new_client(environment, compose=self.compose, on_connect=self.on_connect)
+            if wait:
+                seconds = sorted(map(float, checked(wait, "chat-wait").split("-")))
+                self.wait_time = functools.partial(between(seconds[0], seconds[-1]), self)  # type: ignore[method-assign]
+        except ValueError as error:  # typed into the web UI: there it shows up as a failed connect
+            self.client = TCPSocketClient("", 0, environment.events.request)
+            self.client.fault = error
+
+    @classmethod
+    def new_client(cls, environment: Environment, **hooks: Any) -> TCPSocketClient:
+        """Return a client as the given options say, else the class; raise ``ValueError`` where they are wrong."""
+        given = vars(environment.parsed_options) if environment.parsed_options else {}
+        host, port = parse_address(environment.host or cls.host, given.get("tcp_port"))
+        settings = {name: given.get(f"chat_{name}") or getattr(cls, name) for name in ("framing", "echo", "timeout")}
+        return TCPSocketClient(host, port, environment.events.request, **settings, **hooks)
+
+    def compose(self, tag: str, message: str) -> str:
+        """Return the text to send for a message; override it for another protocol."""
+        return TCPSocketClient.compose(tag, message)
+
+    def on_connect(self) -> None:
+        """Called after every successful connect; override it to log in, with ``self.client.send_chat``."""
+
+    def on_start(self) -> None:
+        """Connect. A failure is a row, and the first message tries again."""
+        self.client.connect()
+
+    def on_stop(self) -> None:
+        """Close the connection."""
+        self.client.close()
+
+
+SENTENCES = (
+    "오늘 저녁에 시간 되시면 같이 식사해요 🍜",
+    "The build is green again, thanks for the quick fix!",
+    "회의는 세 시로 옮겼습니다, 확인 부탁드려요.",
+    "Ça marche très bien chez moi aussi 👍",
+    "사진 정말 잘 나왔네요 📷 어디에서 찍으셨어요?",
+    "Schöne Grüße aus München, bis nächste Woche!",
+)
+# With up to 22 bytes for the tag: at most 60, 100 to 400, 513 to 1,000 bytes as sent.
+SHORT_TEXTS = ("안녕하세요! 👋", "Hello, everyone!", "점심 드셨어요? 🍜", "ㅋㅋㅋ 좋아요 😄", "Très bien, merci", "👍")
+LONG_TEXTS = [" ".join(SENTENCES[first:] + SENTENCES[:first]) for first in range(len(SENTENCES))]
+VERY_LONG_TEXTS = [f"{text} {text}" for text in LONG_TEXTS]
+
+
+class ChatClient(TCPChatUser):
+    """Mostly short messages, some long, a few very long. A new scenario is one more ``@task`` method."""
+
+    @task(5)
+    def short_message(self) -> None:
+        """At most 60 bytes: what people mostly type."""
+        self.client.send_chat(random.choice(SHORT_TEXTS))
+
+    @task(2)
+    def long_message(self) -> None:
+        """100 to 400 bytes: a few sentences."""
+        self.client.send_chat(random.choice(LONG_TEXTS))
+
+    @task(1)
+    def very_long_message(self) -> None:
+        """513 to 1,000 bytes: more than the 512-byte buffer of many servers."""
+        self.client.send_chat(random.choice(VERY_LONG_TEXTS))
+
+
+whole_milliseconds = stats.bucket_response_time
+
+
+def bucket_response_time(milliseconds: float) -> float:
+    """Round as Locust does from 10 ms on, and to two significant digits below, where it counts whole ms.
+
+    Locust documents the hook under "customizing response time bucketing".
+    """
+    if milliseconds >= 10:
+        return whole_milliseconds(milliseconds)
+    return round(milliseconds, 1 if milliseconds >= 1 else 2 if milliseconds >= 0.1 else 3)
+
+
+stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: LocustArgumentParser) -> None:
+    """Add this file's options to the command line, the web form, locust.conf and the environment. Values stay text,
+    as the web form sends it, and empty is as good as not given."""
+    for option, (_, meaning, instead) in OPTIONS.items():
+        check = functools.partial(lambda text, option: text and checked(text, option), option=option)
+        name, value = option.upper().replace("-", "_"), f"<{option.rpartition('-')[2]}>"
+        parser.add_argument(f"--{option}", metavar=value, env_var=name, type=check, help=f"{meaning}: {instead}")
+    served = f"Serve a built-in echo chat server on --host ({DEFAULT_HOST}:{DEFAULT_PORT} if none) during the test"
+    # Not in the web form: it is up before the form is.
+    parser.add_argument("--echo-server", action="store_true", include_in_web_ui=False, help=served)
+
+
+@events.init.add_listener
+def prepare(environment: Environment, **_: Any) -> None:
+    """Start the echo server if asked for, and end Locust with one line where a setting is wrong. A worker has
+    nothing to check: its settings come from the master."""
+    options: Any = environment.parsed_options
+    if options is None or isinstance(environment.runner, WorkerRunner):
+        return
+    try:
+        if options.echo_server:
+            server = start_echo_server(environment)
+            environment.events.quitting.add_listener(lambda **_: server.stop())
+        for user_class in environment.user_classes:
+            host_is_due = environment.host or user_class.host or options.headless or options.autostart
+            if issubclass(user_class, TCPChatUser) and host_is_due:
+                user_class.new_client(environment)
+    except ValueError as error:
+        for worker in psutil.Process().children() if options.processes else ():
+            worker.kill()  # Locust has forked it already, and it would wait for its master in vain
+        sys.exit(f"locust: error: {error}")
+
+
+def start_echo_server(environment: Environment) -> StreamServer:
+    """Return a server that is listening on the host and sends every byte back, whatever the framing."""
+
+    def echo(connection: socket.socket, _address: object) -> None:
+        with contextlib.suppress(OSError):  # the client is gone
+            while data := connection.recv(READ_SIZE):
+                connection.sendall(data)
+
+    options: Any = environment.parsed_options
+    host, port = parse_address(environment.host or DEFAULT_HOST, options.tcp_port or str(DEFAULT_PORT))
+    environment.host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = StreamServer((host, port), echo, backlog=1024)
+    try:
+        server.start()
+    except OSError as error:
+        raise SettingError(environment.host, f"another host:port to serve on ({error.strerror})") from None
+    return server
+
+
+def send_five(environment: Environment) -> int:
+    """Send five messages as ``ChatClient`` does and print a line for each; return 0 if all came back, else 1."""
+    client, round_trips = ChatClient(environment).client, list[float]()
+    latest: dict[str, tuple[float, int]] = {}
+
+    @environment.events.request.add_listener
+    def on_request(name: str, response_time: float, response_length: int, exception: object, **_: Any) -> None:
+        if exception is None:
+            latest[name] = response_time, response_length
+        else:
+            print(f"{name} failed after {response_time:.1f} ms: {exception}")
+
+    for number, text in enumerate((*SHORT_TEXTS[:3], LONG_TEXTS[0], VERY_LONG_TEXTS[0]), 1):
+        latest.clear()
+        echoed = client.send_chat(text)
+        if echoed is not None or (client.echo == "none" and latest):
+            round_trips.append(latest["send_chat" if echoed is None else "echo_response"][0])
+            # Escaped, as a terminal would act on some characters that a server can send.
+            print(f"{number}/5  {latest['send_chat'][1]:4} bytes {round_trips[-1]:9.3f} ms  {(echoed or '')[:40]!r}")
+    client.close()
+    median = f", median {statistics.median(round_trips):.3f} ms" if round_trips else ""
+    print(f"{len(round_trips)} of 5 messages {'sent' if client.echo == 'none' else 'came back'}{median}")
+    return 0 if len(round_trips) == 5 else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run without Locust's engine: five messages, or the echo server. Return the exit code."""
+    parser = LocustArgumentParser(description="Send five messages to a TCP chat server, or serve as one.")
+    parser.add_argument("host", nargs="?", default=DEFAULT_HOST, help=f"host or host:port (default {DEFAULT_HOST})")
+    parser.add_argument("port", nargs="?", help=f"default TCP_PORT or {DEFAULT_PORT}")
+    add_options(parser)
+    options: Any = parser.parse_args(arguments)
+    options.tcp_port = options.port or options.tcp_port or str(DEFAULT_PORT)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    environment = Environment(host=options.host, parsed_options=options, events=events)
+    try:
+        ChatClient.new_client(environment)
+        if not options.echo_server:
+            return send_five(environment)
+        server = start_echo_server(environment)
+        print(f"echo server on {environment.host}, Ctrl-C ends it", flush=True)
+        server.serve_forever()
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
