@@ -98,7 +98,8 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Click on the button, tab or link that bears the text."""
-        found = f"[...document.querySelectorAll('button, a, [role=tab], [role=button]')].find(e => e.innerText.trim().toLowerCase() === {json.dumps(text.lower())})"
+        candidates = "[...document.querySelectorAll('button, a, [role=tab], [role=button]')]"
+        found = f"{candidates}.find(e => e.innerText.trim().toLowerCase() === {json.dumps(text.lower())})"
         self.wait_for(f"{found} !== undefined")
         self.evaluate(f"{found}.click()")
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import gevent
-import locustfile
 import pytest
 from conftest import Rows, Server, echo, free_port, lines, wait_until
 from gevent.event import Event
+
+import locustfile
 from locustfile import MESSAGE_LIMIT, LineFraming, TCPSocketClient
 
 Serve = Callable[..., Server]
@@ -85,7 +86,7 @@ def test_tags_are_unique_across_clients_and_messages(serve: Serve, connect: Conn
 def test_the_echo_may_come_with_other_text_around_it(serve: Serve, connect: Connect, rows: Rows) -> None:
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
-            connection.sendall("<alice> ".encode() + line + " (방금)\n".encode())
+            connection.sendall(b"<alice> " + line + " (방금)\n".encode())
 
     assert connect(serve(server).port).send_chat("hello").endswith("hello (방금)")  # type: ignore[union-attr]
     assert not any(row["exception"] for row in rows)
@@ -441,7 +442,7 @@ def test_compose_and_on_connect_make_another_protocol(serve: Serve, connect: Con
             word, _, text = line.partition(b" ")
             connection.sendall({b"LOGIN": b"OK welcome\n"}.get(word, b"server PONG " + text + b"\n"))
 
-    client = connect(
+    client: TCPSocketClient = connect(
         serve(server).port,
         echo="tag",
         compose=lambda tag, message: f"PING :{tag} {message}",
@@ -657,7 +658,7 @@ def test_a_listener_that_blocks_does_no_harm_to_the_event_loop(serve: Serve, con
 def test_a_flood_without_a_delimiter_ends_the_connection_and_memory_stays_bounded(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
-    flooded = []
+    flooded: list[int] = []
 
     def server(connection: socket.socket) -> None:
         next(lines(connection))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from locustfile import (
     MESSAGE_LIMIT,
     Framing,
@@ -65,8 +66,7 @@ def test_a_line_of_the_limit_passes_and_one_byte_more_does_not(size: int) -> Non
     framing = LineFraming()
     flood = b"x" * (MESSAGE_LIMIT + 2)
     with pytest.raises(MessageTooLong):
-        for i in range(0, len(flood), size):
-            list(framing.feed(flood[i : i + size]))
+        [framing.feed(flood[i : i + size]) for i in range(0, len(flood), size)]
 
 
 def test_a_line_over_the_limit_that_ends_in_the_same_read_does_not_pass() -> None:

@@ -18,6 +18,7 @@ from conftest import ROOT, Server, echo, free_port, lines, wait_until
 from locust import User, constant, events, stats, task
 from locust.env import Environment
 from locust.event import Events
+
 from locustfile import LONG_TEXTS, SHORT_TEXTS, VERY_LONG_TEXTS, ChatClient, bucket_response_time
 
 Serve = Callable[..., Server]
@@ -257,4 +258,4 @@ def test_the_file_can_be_loaded_twice_as_with_an_example_beside_it() -> None:
         assert module.ChatClient(Environment(events=Events(), host="a:1")).client.fault is None
     finally:
         events.init_command_line_parser._handlers, events.init._handlers = handlers
-        stats.bucket_response_time = bucket_response_time
+        stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]

@@ -1,0 +1,222 @@
+"""The real ``locust`` command: one process, master and workers, its reports and its end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from conftest import LOCUST, ROOT, Program, Server, echo, free_port, lines, wait_until
+
+Start = Callable[..., Program]
+Serve = Callable[..., Server]
+
+
+def rows_of(output: str) -> dict[str, tuple[int, int]]:
+    """Return requests and failures by name, out of the last table that Locust printed."""
+    table = output[output.rindex("Type     Name", 0, output.index("Response time percentiles")) :]
+    found = re.findall(r"^TCP +(\w+) +(\d+) +(\d+)\(", table, re.MULTILINE)
+    return {name: (int(requests), int(failures)) for name, requests, failures in found}
+
+
+def quiet(output: str) -> bool:
+    """Whether nothing in the output looks like an error."""
+    return not re.search("Traceback|ERROR|CRITICAL|WARNING|Exception|KeyboardInterrupt|Error report", output)
+
+
+class Counting:
+    """An echo server that keeps the lines it has received."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+
+    def __call__(self, connection: socket.socket) -> None:
+        for line in lines(connection):
+            self.lines.append(line)
+            connection.sendall(line + b"\n")
+
+
+def test_the_trial_needs_no_server_ends_by_itself_and_prints_the_three_rows(start: Start) -> None:
+    port = free_port()
+    arguments = "--headless --users 20 --spawn-rate 10 --run-time 4s --echo-server"
+    running = start(*LOCUST, *arguments.split(), TCP_PORT=str(port))
+    assert running.ends() == 0
+    rows = rows_of(running.output)
+    assert set(rows) == {"connect", "send_chat", "echo_response"}
+    assert rows["connect"] == (20, 0) and rows["echo_response"][0] >= 20 and rows["echo_response"][1] == 0
+    assert quiet(running.output)
+
+
+def test_the_host_may_stand_in_the_environment_with_the_port(start: Start, serve: Serve) -> None:
+    server = serve(echo)
+    running = start(
+        *LOCUST,
+        *["-f", "locustfile.py", "--host=localhost", "--headless", "--users=5", "--spawn-rate=5", "--run-time=2s"],
+        TCP_PORT=str(server.port),
+        CHAT_WAIT="0.1",
+    )
+    assert running.ends() == 0
+    assert server.opened == 5
+    assert rows_of(running.output)["echo_response"][0] > 20
+    assert server.open == 0
+
+
+def test_a_failure_is_the_exit_code_one_and_a_row(start: Start) -> None:
+    running = start(*LOCUST, "--headless", f"--host=127.0.0.1:{free_port()}", "--run-time=1s")
+    assert running.ends() == 1
+    assert "TCP connect: ConnectionRefusedError(111, 'Connection refused')" in running.output
+    assert rows_of(running.output)["connect"][1] >= 1
+    assert "Traceback" not in running.output
+
+
+def test_json_csv_and_html_tell_sub_millisecond_round_trips_apart(start: Start, serve: Serve, tmp_path: Path) -> None:
+    reports = f"--csv={tmp_path}/run --csv-full-history --html={tmp_path}/run.html --json-file={tmp_path}/run"
+    running = start(
+        *LOCUST, f"--host={serve(echo).address}", *reports.split(), *["--headless", "--chat-wait=0", "--run-time=3s"]
+    )
+    assert running.ends() == 0
+    entries = {entry["name"]: entry for entry in json.loads((tmp_path / "run.json").read_text())}
+    keys = [float(key) for key in entries["echo_response"]["response_times"]]
+    assert len([key for key in keys if 0 < key < 1]) > 5
+    with (tmp_path / "run_stats.csv").open() as file:
+        table = {row["Name"]: row for row in csv.DictReader(file)}
+    # Locust cuts the percentiles of the CSV to whole ms, but not the median.
+    assert float(table["echo_response"]["Median Response Time"]) % 1
+    html = (tmp_path / "run.html").read_text()
+    shown = json.JSONDecoder().raw_decode(html, html.index('"response_time_statistics": ') + 28)[0]
+    assert {row["name"]: row["0.5"] % 1 for row in shown}["echo_response"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait", ["0", "1-3"])
+def test_a_signal_ends_the_run_quietly_and_closes_every_connection(
+    start: Start, serve: Serve, how: signal.Signals, wait: str
+) -> None:
+    server = serve(echo)
+    arguments = f"--host={server.address} --headless --users=30 --spawn-rate=30 --chat-wait={wait} --only-summary"
+    running = start(*LOCUST, *arguments.split())
+    running.prints("All users spawned")
+    wait_until(lambda: server.open == 30)
+    gevent.sleep(0.3)
+    running.process.send_signal(how)
+    assert running.ends(10) == 0
+    assert quiet(running.output)
+    assert {failures for _, failures in rows_of(running.output).values()} == {0}
+    wait_until(lambda: server.open == 0)
+
+
+def test_with_a_stop_timeout_a_run_ends_on_time_and_quietly(start: Start, serve: Serve) -> None:
+    server = Counting()
+
+    def slow(connection: socket.socket) -> None:
+        for line in lines(connection):
+            server.lines.append(line)
+            gevent.sleep(0.2)
+            connection.sendall(line + b"\n")
+
+    arguments = "--headless --users=10 --spawn-rate=10 --chat-wait=0 --run-time=2s --stop-timeout=5"
+    running = start(*LOCUST, f"--host={serve(slow).address}", *arguments.split())
+    assert running.ends(15) == 0
+    rows = rows_of(running.output)
+    assert rows["send_chat"] == rows["echo_response"] == (len(server.lines), 0)
+    assert quiet(running.output)
+
+
+def test_a_run_against_a_server_that_never_answers_ends_on_time(start: Start, serve: Serve) -> None:
+    server = serve(lambda connection: [None for _ in lines(connection)])
+    arguments = "--headless --users=5 --spawn-rate=5 --chat-wait=0 --chat-timeout=60 --run-time=2s"
+    running = start(*LOCUST, f"--host={server.address}", *arguments.split())
+    assert running.ends(8) == 0
+    assert "echo_response" not in rows_of(running.output)
+    assert quiet(running.output)
+
+
+# ---------------------------------------------------------------------------------------- distributed
+
+
+def check_tags(received: list[bytes]) -> None:
+    tags = Counter(line.split(b"]")[0] for line in received)
+    assert all(tag.startswith(b"[") for tag in tags)
+    assert set(tags.values()) == {1}
+
+
+def test_master_and_workers_add_up_to_what_the_server_counted(start: Start, serve: Serve, tmp_path: Path) -> None:
+    """The host, TCP_PORT and the options are given to the master alone; one worker gets the file from it, too."""
+    counting = Counting()
+    server, port = serve(counting), str(free_port())
+    workers = [
+        start(*LOCUST, "--worker", "--master-host=127.0.0.1", "--master-port", port),
+        start(*LOCUST, *["-f", "-", "--worker", "--master-host=127.0.0.1", "--master-port"], port, cwd=tmp_path),
+    ]
+    arguments = "--master --expect-workers=2 --headless --users=10 --spawn-rate=10 --run-time=4s --stop-timeout=5"
+    master = start(
+        *(*LOCUST, *arguments.split(), "--master-bind-port", port, "--master-bind-host=127.0.0.1"),
+        *("--host=127.0.0.1", "--chat-wait=0.05", "--chat-echo=tag"),
+        TCP_PORT=str(server.port),
+    )
+    assert master.ends(60) == 0
+    assert [worker.ends() for worker in workers] == [0, 0]
+    rows = rows_of(master.output)
+    assert rows["connect"] == (10, 0)
+    assert rows["send_chat"] == rows["echo_response"] == (len(counting.lines), 0)
+    assert len(counting.lines) > 100  # the wait has reached them
+    check_tags(counting.lines)
+    assert all(quiet(program.output) for program in (master, *workers))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_of_one_command_add_up_and_their_tags_stay_unique(start: Start, serve: Serve) -> None:
+    counting = Counting()
+    arguments = "--processes=2 --headless --users=10 --spawn-rate=10 --run-time=3s --stop-timeout=5 --chat-wait=0.02"
+    running = start(
+        *LOCUST,
+        *arguments.split(),
+        f"--host={serve(counting).address}",
+        LOCUST_MASTER_BIND_PORT=str(port := free_port()),
+        LOCUST_MASTER_NODE_PORT=str(port),
+    )
+    assert running.ends() == 0
+    rows = rows_of(running.output)
+    assert rows["send_chat"] == rows["echo_response"] == (len(counting.lines), 0)
+    check_tags(counting.lines)
+    assert len({line.split(b".")[0] for line in counting.lines}) == 10
+    assert quiet(running.output)
+
+
+def test_two_processes_share_the_built_in_echo_server_of_their_master(start: Start) -> None:
+    port = str(free_port())
+    arguments = "--processes=2 --headless --users=4 --spawn-rate=4 --run-time=3s --echo-server --chat-wait=0.05"
+    running = start(
+        *LOCUST,
+        *arguments.split(),
+        TCP_PORT=str(free_port()),
+        LOCUST_MASTER_BIND_PORT=port,
+        LOCUST_MASTER_NODE_PORT=port,
+    )
+    assert running.ends() == 0
+    rows = rows_of(running.output)
+    assert rows["connect"] == (4, 0) and rows["echo_response"][0] > 50
+    assert quiet(running.output)
+
+
+def test_the_file_works_alone_next_to_any_server(start: Start, serve: Serve, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "locustfile.py", tmp_path)
+    running = start(*LOCUST, "--headless", f"--host={serve(echo).address}", "--run-time=1s", cwd=tmp_path)
+    assert running.ends() == 0
+
+
+def test_a_host_by_name_that_has_two_addresses_is_reached(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepted: Any = gevent.spawn(listener.accept)
+        start(*LOCUST, "--headless", f"--host=localhost:{listener.getsockname()[1]}", "--run-time=2s")
+        connection, _ = accepted.get(timeout=10)
+        assert connection.recv(1024).startswith(b"[")

@@ -1,0 +1,99 @@
+"""Servers that others wrote."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+
+import pytest
+from conftest import LOCUST, STANDALONE, Program, Rows, free_port, program, wait_until
+from test_command import quiet, rows_of
+
+from locustfile import TCPSocketClient
+
+Start = Callable[..., Program]
+Connect = Callable[..., TCPSocketClient]
+
+
+def listen(start: Start, connect: Connect, command: str) -> int:
+    """Start a server command with PORT in it; return its port once it accepts connections."""
+    port = free_port()
+    name, *arguments = shlex.split(command.replace("PORT", str(port)))
+    start(program(name), *arguments)
+    probe = connect(port)
+
+    def up() -> bool:
+        probe._next_attempt = 0.0
+        return probe.connect()
+
+    wait_until(up)
+    probe.close()
+    return port
+
+
+SERVERS = {
+    "ncat": "ncat --listen --keep-open 127.0.0.1 PORT --exec /bin/cat",
+    "socat": "socat TCP-LISTEN:PORT,bind=127.0.0.1,fork,reuseaddr,backlog=100 PIPE",
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_load_on_an_echo_server(start: Start, connect: Connect, name: str) -> None:
+    port = listen(start, connect, SERVERS[name])
+    arguments = "--headless --users=10 --spawn-rate=10 --run-time=3s --chat-wait=0.1"
+    running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
+    assert running.ends() == 0
+    rows = rows_of(running.output)
+    assert rows["connect"] == (10, 0) and rows["echo_response"][0] > 50 and rows["echo_response"][1] == 0
+    assert quiet(running.output)
+
+
+@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("framing", ["line", ">I", "raw"])
+def test_the_standalone_mode_on_an_echo_server(start: Start, connect: Connect, name: str, framing: str) -> None:
+    port = listen(start, connect, SERVERS[name])
+    assert start(*STANDALONE, "127.0.0.1", str(port), f"--chat-framing={framing}").ends() == 0
+
+
+def test_a_room_that_does_not_echo_shows_other_peoples_messages_and_none_is_taken_for_an_echo(
+    start: Start, connect: Connect, rows: Rows
+) -> None:
+    """``ncat --chat`` sends a line to everybody but its sender, after a banner of its own."""
+    port = listen(start, connect, "ncat --listen --chat 127.0.0.1 PORT")
+    rows.clear()
+    ours, other = connect(port, timeout=0.5), connect(port, echo="none")
+    assert ours.connect()
+    for _ in range(20):
+        other.send_chat("hello from the other")
+    assert ours.send_chat("hello") is None
+    assert rows.counts()["echo_response: EchoTimeout"] == 1
+    assert rows.counts()["echo_response"] == 0
+
+
+def test_a_room_is_loaded_without_waiting_for_echoes(start: Start, connect: Connect) -> None:
+    port = listen(start, connect, "ncat --listen --chat 127.0.0.1 PORT")
+    arguments = "--headless --users=8 --spawn-rate=8 --run-time=3s --chat-wait=0.2 --chat-echo=none"
+    running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
+    assert running.ends() == 0
+    rows = rows_of(running.output)
+    assert set(rows) == {"connect", "send_chat"}
+    assert rows["send_chat"][0] > 40
+    assert quiet(running.output)
+
+
+def test_a_real_server_that_is_killed_and_started_again_is_loaded_again(start: Start, connect: Connect) -> None:
+    port = free_port()
+    command = [program("socat"), f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr", "PIPE"]
+    server = start(*command)
+    arguments = "--headless --users=5 --spawn-rate=5 --run-time=9s --chat-wait=0.1"
+    running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
+    running.prints("echo_response")
+    server.kill()
+    running.prints("(", 1)
+    wait_until(lambda: bool(re.search(r"connect +\d+ +[1-9]\d*\(", running.output)))
+    start(*command)
+    assert running.ends() == 1
+    connects, failed = rows_of(running.output)["connect"]
+    assert connects - failed >= 10
+    assert "Traceback" not in running.output
