@@ -4,13 +4,7 @@
     locust --host=localhost:12345                                               web UI on port 8089
     python locustfile.py localhost 12345                                        five messages, no load
 
-Rows in the statistics, all of type TCP:
-
-    connect         name look-up and TCP handshake
-    send_chat       until the kernel has taken the last byte of a message
-    echo_response   round trip: from just before the send until the last byte of the echo was read
-    disconnect      only as a failure: the server ended a connection while no message was in flight
-
+Rows in the statistics: connect, send_chat, echo_response (the round trip), and disconnect where the server hangs up.
 A new scenario is one more method with ``@task`` in ``ChatClient`` that calls ``self.client.send_chat(text)``.
 """
 
@@ -25,6 +19,7 @@ import functools
 import itertools
 import logging
 import math
+import os
 import random
 import re
 import secrets
@@ -39,6 +34,7 @@ from typing import Any, Literal
 import gevent
 import psutil
 from gevent.hub import Hub, Waiter
+from gevent.monkey import get_original
 from gevent.server import StreamServer
 from gevent.socket import wait_write
 from locust.argument_parser import LocustArgumentParser
@@ -47,7 +43,8 @@ from locust.event import EventHook
 from locust.runners import WorkerRunner
 
 MESSAGE_LIMIT = 1024 * 1024  # bytes: no chat message is longer; more without an end is a flood
-READ_SIZE = 64 * 1024  # bytes a read: many messages in one call, yet other users get their turn
+RUN, CLIENTS = secrets.randbits(32), itertools.count()  # where this run's tags start, and how many clients there are
+READ_SIZE = 16 * 1024  # bytes a read: larger buffers cost more to allocate than the calls that they save
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to connect: after one failure, after many
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 12345  # of the built-in echo server and the standalone mode
 
@@ -63,19 +60,15 @@ class ChatError(Exception):
         super().__init__(str(self.__doc__))
 
 
-class EchoError(ChatError):
-    """The exchange failed, the connection stands."""
-
-
-class EchoTimeout(EchoError, TimeoutError):
+class EchoTimeout(ChatError, TimeoutError):
     """No echo came within the time-out."""
 
 
-class EchoTruncated(EchoError):
+class EchoTruncated(ChatError):
     """The echo ends before the message does."""
 
 
-class EchoAltered(EchoError):
+class EchoAltered(ChatError):
     """The echo is not what was sent."""
 
 
@@ -124,7 +117,7 @@ class LineFraming(Framing):
             lines[0] = bytes(self._tail) + lines[0]
             self._tail.clear()
         self._tail += rest
-        if len(self._tail) > MESSAGE_LIMIT + 1 or (lines and len(lines[0]) > MESSAGE_LIMIT + 1):
+        if max(len(self._tail), len(lines[0]) if lines else 0) > MESSAGE_LIMIT + 1:
             raise MessageTooLong
         return [line.removesuffix(b"\r") for line in lines]
 
@@ -138,24 +131,22 @@ class LengthPrefixFraming(Framing):
 
     def encode(self, payload: bytes) -> bytes:
         """Return prefix and payload; raise ``ValueError`` for a length that the prefix cannot say."""
-        try:
-            return self._length.pack(len(payload)) + payload
-        except struct.error:
-            raise ValueError("the message is longer than its length prefix can say") from None
+        if len(payload) >= 256**self._length.size:
+            raise ValueError("the message is longer than its length prefix can say")
+        return self._length.pack(len(payload)) + payload
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield the payloads that data completes; raise ``MessageTooLong`` for a length over the limit."""
         self._buffer += data
-        header = self._length.size
-        while len(self._buffer) >= header:
-            length = self._length.unpack_from(self._buffer)[0]
-            if length > MESSAGE_LIMIT:
+        start = self._length.size
+        while len(self._buffer) >= start:
+            end = start + self._length.unpack_from(self._buffer)[0]
+            if end - start > MESSAGE_LIMIT:
                 raise MessageTooLong
-            if len(self._buffer) < header + length:
-                break
-            payload = bytes(self._buffer[header : header + length])
-            del self._buffer[: header + length]
-            yield payload
+            if end > len(self._buffer):
+                return
+            yield bytes(self._buffer[start:end])
+            del self._buffer[:end]
 
 
 def framing_factory(framing: str | Callable[[], Framing]) -> Callable[[], Framing]:
@@ -170,17 +161,9 @@ NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 OPTIONS = {  # what a value looks like, what it means, what can be written
     "tcp-port": (PORT, "Port of the chat server where the host names none", "a port from 1 to 65535"),
-    "chat-framing": (
-        "line|raw|[@=<>!]?[BHILQ]",
-        "How messages are framed",
-        "line (default), raw, or a prefix like >I, <H",
-    ),
+    "chat-framing": ("line|raw|[@=<>!]?[BHILQ]", "Framing of messages", "line (default), raw, or a prefix like >I, <H"),
     "chat-echo": ("full|tag|any|none", "What counts as the echo", "full (default), tag, any or none"),
-    "chat-timeout": (
-        f"(?=.*[1-9]){NUMBER}",
-        "Time to connect, or for a message and its echo",
-        "seconds above 0 (default 5)",
-    ),
+    "chat-timeout": (f"(?=.*[1-9]){NUMBER}", "Time for connecting, and for each echo", "seconds above 0 (default 5)"),
     "chat-wait": (f"{NUMBER}(-{NUMBER})?", "Pause between messages", "seconds, such as 2, 0.5-2 or 0 (default 1-3)"),
 }
 
@@ -215,20 +198,13 @@ def parse_address(host: str | None, port: str | None = None) -> tuple[str, int]:
     return name, int(checked(port or "" if match[3] is None else match[3], "tcp-port"))
 
 
-@functools.cache
-def client_numbers() -> Iterator[int]:
-    """Return the numbers for this process's clients. First called after Locust has forked its workers, so that
-    each process counts from a random number of its own."""
-    return itertools.count(secrets.randbits(32))
-
-
 class TCPSocketClient:
     """A chat connection. Every call blocks its caller and, under gevent, nobody else.
 
     Failures are request events, never raised into the task. Reading is driven by the event loop, also between
     messages: so a broadcast does not pile up in the server, nor an echo wait to be timed for its user's turn.
 
-    :param request_event: the hook that the events are fired on, Locust's ``environment.events.request``
+    :param request_event: what the events are fired on: Locust's ``environment.events.request``
     :param framing: ``line``, ``raw``, a ``struct`` format of a length prefix, or a factory of :class:`Framing`
     :param echo: what counts as the echo: ``full``, ``tag``, ``any`` or ``none`` (the README says more)
     :param timeout: seconds for connecting, and for one exchange, that is, send and echo together
@@ -255,7 +231,8 @@ class TCPSocketClient:
         """A wrong setting that every attempt to connect fails with."""
         self._new_framing = framing_factory(framing)
         self._compose, self._on_connect = compose or self.compose, on_connect
-        self._identity, self._messages = f"{next(client_numbers()) % 2**32:08x}", 0
+        # Locust forks its workers after this file was loaded: multiplied, their numbers lie far apart.
+        self._identity = f"{(RUN + os.getpid() * 0x9E3779B1 + next(CLIENTS)) % 2**32:08x}"
         hub = gevent.get_hub()
         self._loop, self._waiter = hub.loop, Waiter(hub)
         self._socket: Any = None
@@ -263,9 +240,8 @@ class TCPSocketClient:
         self._watcher: Any = None
         self._timer: Any = None
         # The exchange in flight: the echo contains what is awaited, a damaged echo at least the tag.
-        self._busy, self._deadline, self._arrived = False, 0.0, 0.0
+        self._busy, self._messages, self._deadline, self._arrived, self._tag = False, 0, 0.0, 0.0, b""
         self._awaited: bytes | None = None
-        self._tag = b""
         self._outcome: bytes | Exception | None = None
         # Connecting, and connecting again.
         self._greeting, self._failures, self._next_attempt, self._connected_at = False, 0, 0.0, math.inf
@@ -338,9 +314,10 @@ class TCPSocketClient:
             message, self._tag = self._compose(tag, message), tag.encode()
         payload = message.encode()
         data = self._framing.encode(payload)
-        awaited = {"full": payload, "tag": self._tag, "any": b"", "none": None}[mode]
         try:
-            return self._exchange(data, awaited)
+            if mode == "none":
+                return self._exchange(data, None)
+            return self._exchange(data, payload if mode == "full" else self._tag if mode == "tag" else b"")
         except BaseException:  # Locust stops this user: nothing to report, and no use for half an exchange
             self.close()
             raise
@@ -353,7 +330,7 @@ class TCPSocketClient:
         self._busy, self._awaited, self._outcome = True, awaited, None
         self._deadline = started + self.timeout
         if self._timer is None:
-            self._start_timer(self.timeout)
+            self._on_timer()
         try:
             self._transmit(data)
         except OSError as error:
@@ -366,7 +343,7 @@ class TCPSocketClient:
             self._waiter.clear()
         outcome = self._outcome
         if isinstance(outcome, Exception):
-            if awaited == b"" or not isinstance(outcome, EchoError):
+            if awaited == b"" or not isinstance(outcome, (EchoTimeout, EchoTruncated, EchoAltered)):
                 self._drop()  # after a time-out in mode any, a late answer would be taken for the next one
             if awaited is None:
                 self._report("disconnect", started, started, 0, outcome)
@@ -389,19 +366,23 @@ class TCPSocketClient:
             sock = socket.create_connection((self.host, self.port))
         if sock is None:
             raise TimeoutError("no connection within the time-out")
-        sock.settimeout(0)
         # Without it, a message can wait in the kernel until an earlier one is acknowledged (RFC 896).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._framing, self._connected_at = sock, self._new_framing(), perf_counter()
-        self._watcher = self._loop.io(sock.fileno(), 1)  # 1: libev's EV_READ
+        # From here on this class does the waiting, so the socket need not be one of gevent's: less work, less memory.
+        self._socket = get_original("socket", "socket")(fileno=sock.detach())
+        self._socket.setblocking(False)
+        self._framing, self._connected_at = self._new_framing(), perf_counter()
+        self._watcher = self._loop.io(self._socket.fileno(), 1)  # 1: libev's EV_READ
         self._watcher.start(self._on_readable)
 
     def _transmit(self, data: bytes) -> None:
         """Hand data to the kernel, waiting while its buffer is full; raise ``OSError``."""
-        unsent, sock = memoryview(data), self._socket
-        while unsent:
+        sent, sock = 0, self._socket
+        while True:
             try:
-                unsent = unsent[sock.send(unsent) :]
+                sent += sock.send(memoryview(data)[sent:] if sent else data)
+                if sent == len(data):
+                    return
             except BlockingIOError:
                 late = TimeoutError("the server did not take the message within the time-out")
                 wait_write(sock.fileno(), max(0.0, self._deadline - perf_counter()), late)
@@ -459,20 +440,18 @@ class TCPSocketClient:
             now = perf_counter()
             gevent.spawn(self._report, "disconnect", now, now, 0, error)  # a listener may block
 
-    def _start_timer(self, seconds: float) -> None:
-        self._timer = self._loop.timer(seconds)
-        self._timer.start(self._on_timer)
-
     def _on_timer(self) -> None:
-        """End the exchange in flight if its deadline has passed. The timer is not set anew for each exchange:
-        it finds here that a later one is in flight, and goes on for the rest of that one's time."""
-        self._timer.close()
-        self._timer = None
-        now = perf_counter()
-        if self._busy and now < self._deadline:
-            self._start_timer(self._deadline - now)
+        """End the exchange in flight if its deadline has passed, else set the timer for it. It is not set anew for
+        each exchange: when it ends, it finds here whether a later one is in flight."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        remaining = self._deadline - perf_counter()
+        if self._busy and remaining > 0:
+            self._timer = self._loop.timer(remaining)
+            self._timer.start(self._on_timer)
         elif self._awaited is not None:
-            self._settle(EchoTimeout(), now)
+            self._settle(EchoTimeout())
 
     def _settle(self, outcome: bytes | Exception, arrived: float | None = None) -> None:
         """Wake the waiting user, but only after all other connections that are ready now have been read."""
@@ -565,17 +544,13 @@ class ChatClient(TCPChatUser):
         self.client.send_chat(random.choice(VERY_LONG_TEXTS))
 
 
-whole_milliseconds = stats.bucket_response_time
-
-
-def bucket_response_time(milliseconds: float) -> float:
-    """Round as Locust does from 10 ms on, and to two significant digits below, where it counts whole ms.
-
-    Locust documents the hook under "customizing response time bucketing".
-    """
+def bucket_response_time(milliseconds: float, otherwise: Callable[[float], int] = stats.bucket_response_time) -> float:
+    """Keep two significant digits below 10 ms, where Locust counts whole ms. Locust documents this hook under
+    "customizing response time bucketing"."""
     if milliseconds >= 10:
-        return whole_milliseconds(milliseconds)
-    return round(milliseconds, 1 if milliseconds >= 1 else 2 if milliseconds >= 0.1 else 3)
+        return otherwise(milliseconds)
+    steps = 10 if milliseconds >= 1 else 100 if milliseconds >= 0.1 else 1000
+    return int(milliseconds * steps + 0.5) / steps
 
 
 stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]
@@ -606,8 +581,8 @@ def prepare(environment: Environment, **_: Any) -> None:
             server = start_echo_server(environment)
             environment.events.quitting.add_listener(lambda **_: server.stop())
         for user_class in environment.user_classes:
-            host_is_due = environment.host or user_class.host or options.headless or options.autostart
-            if issubclass(user_class, TCPChatUser) and host_is_due:
+            due = environment.host or user_class.host or options.headless or options.autostart
+            if due and issubclass(user_class, TCPChatUser):
                 user_class.new_client(environment)
     except ValueError as error:
         for worker in psutil.Process().children() if options.processes else ():
@@ -624,9 +599,8 @@ def start_echo_server(environment: Environment) -> StreamServer:
                 connection.sendall(data)
 
     options: Any = environment.parsed_options
-    host, port = parse_address(environment.host or DEFAULT_HOST, options.tcp_port or str(DEFAULT_PORT))
-    environment.host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    server = StreamServer((host, port), echo, backlog=1024)
+    environment.host = environment.host or f"{DEFAULT_HOST}:{options.tcp_port or DEFAULT_PORT}"
+    server = StreamServer(parse_address(environment.host, options.tcp_port), echo, backlog=1024)
     try:
         server.start()
     except OSError as error:
@@ -674,7 +648,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.echo_server:
             return send_five(environment)
         server = start_echo_server(environment)
-        print(f"echo server on {environment.host}, Ctrl-C ends it", flush=True)
+        print(f"echo server on {server.server_host}:{server.server_port}, Ctrl-C ends it", flush=True)
         server.serve_forever()
     except ValueError as error:
         parser.error(str(error))
