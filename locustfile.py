@@ -600,11 +600,12 @@ def start_echo_server(environment: Environment) -> StreamServer:
 
     options: Any = environment.parsed_options
     environment.host = environment.host or f"{DEFAULT_HOST}:{options.tcp_port or DEFAULT_PORT}"
-    server = StreamServer(parse_address(environment.host, options.tcp_port), echo, backlog=1024)
+    address = parse_address(environment.host, options.tcp_port)
+    server = StreamServer(address, echo, backlog=1024)
     try:
         server.start()
     except OSError as error:
-        raise SettingError(environment.host, f"another host:port to serve on ({error.strerror})") from None
+        raise SettingError("%s:%d" % address, f"another host:port to serve on ({error.strerror})") from None
     return server
 
 
