@@ -27,6 +27,7 @@ import socket
 import statistics
 import struct
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Any, Literal
@@ -111,15 +112,15 @@ class LineFraming(Framing):
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the lines that end in data; raise ``MessageTooLong`` for one over the limit."""
-        lines = data.split(b"\n")
-        rest = lines.pop()
+        *lines, rest = data.split(b"\n")
         if lines and self._tail:
             lines[0] = bytes(self._tail) + lines[0]
             self._tail.clear()
-        self._tail += rest
-        if max(len(self._tail), len(lines[0]) if lines else 0) > MESSAGE_LIMIT + 1:
+        if rest:
+            self._tail += rest
+        if len(self._tail) > MESSAGE_LIMIT + 1 or (lines and len(lines[0]) > MESSAGE_LIMIT + 1):
             raise MessageTooLong
-        return [line.removesuffix(b"\r") for line in lines]
+        return [line[:-1] if line.endswith(b"\r") else line for line in lines]
 
 
 class LengthPrefixFraming(Framing):
@@ -153,8 +154,8 @@ def framing_factory(framing: str | Callable[[], Framing]) -> Callable[[], Framin
     """Return what makes the framing of a connection: a factory as it is, else that of ``line``, ``raw`` or a prefix."""
     if callable(framing):
         return framing
-    named = {"line": LineFraming, "raw": Framing}.get(checked(framing, "chat-framing"))
-    return named or functools.partial(LengthPrefixFraming, framing)
+    prefix = functools.partial(LengthPrefixFraming, checked(framing, "chat-framing"))
+    return {"line": LineFraming, "raw": Framing}.get(framing, prefix)
 
 
 NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
@@ -198,11 +199,41 @@ def parse_address(host: str | None, port: str | None = None) -> tuple[str, int]:
     return name, int(checked(port or "" if match[3] is None else match[3], "tcp-port"))
 
 
+class Deadlines:
+    """Ends exchanges that last too long, all with one time-out: so they end in the order in which they began, and
+    one timer, for the oldest, is enough. A timer for each would be the largest part of what a message costs."""
+
+    def __init__(self) -> None:
+        self.exchanges: dict[TCPSocketClient, float] = {}
+        self._timer: Any = None
+
+    def start(self, client: TCPSocketClient, deadline: float) -> None:
+        """Let the exchange of a client end at the deadline, unless it is taken out of ``exchanges`` before."""
+        self.exchanges[client] = deadline
+        if self._timer is None:
+            self._on_timer()
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        while self.exchanges and self._timer is None:
+            client, deadline = next(iter(self.exchanges.items()))
+            remaining = deadline - perf_counter()
+            if remaining > 0:
+                self._timer = gevent.get_hub().loop.timer(remaining)
+                self._timer.start(self._on_timer)
+            else:
+                del self.exchanges[client]
+                client.expire()
+
+
+DEADLINES: defaultdict[float, Deadlines] = defaultdict(Deadlines)  # by time-out in seconds
+
+
 class TCPSocketClient:
     """A chat connection. Every call blocks its caller and, under gevent, nobody else.
 
     Failures are request events, never raised into the task. Reading is driven by the event loop, also between
-    messages: so a broadcast does not pile up in the server, nor an echo wait to be timed for its user's turn.
+    messages, so that no broadcast piles up in the server, and no echo waits for its user's turn to be timed.
 
     :param request_event: what the events are fired on: Locust's ``environment.events.request``
     :param framing: ``line``, ``raw``, a ``struct`` format of a length prefix, or a factory of :class:`Framing`
@@ -225,7 +256,7 @@ class TCPSocketClient:
         compose: Callable[[str, str], str] | None = None,
         on_connect: Callable[[], object] = lambda: None,
     ) -> None:
-        self.host, self.port, self._request_event = host, port, request_event
+        self.host, self.port, self._fire = host, port, request_event.fire
         self.echo, self.timeout = checked(echo, "chat-echo"), float(checked(timeout, "chat-timeout"))
         self.fault: ValueError | None = None
         """A wrong setting that every attempt to connect fails with."""
@@ -238,9 +269,9 @@ class TCPSocketClient:
         self._socket: Any = None
         self._framing = self._new_framing()
         self._watcher: Any = None
-        self._timer: Any = None
         # The exchange in flight: the echo contains what is awaited, a damaged echo at least the tag.
-        self._busy, self._messages, self._deadline, self._arrived, self._tag = False, 0, 0.0, 0.0, b""
+        self._busy, self._messages, self._arrived, self._tag = False, 0, 0.0, b""
+        self._deadlines = DEADLINES[self.timeout]
         self._awaited: bytes | None = None
         self._outcome: bytes | Exception | None = None
         # Connecting, and connecting again.
@@ -252,11 +283,8 @@ class TCPSocketClient:
         return f"[{tag}] {message}"
 
     def connect(self) -> bool:
-        """Connect unless connected, then call ``on_connect``; return whether the connection stands after it.
-
-        After a failure this waits first: 0.1 s, doubling to 5 s, with full jitter, so that thousands of users
-        do not storm a server that comes up again.
-        """
+        """Connect unless connected, then call ``on_connect``; return whether the connection stands. After failures
+        this waits first: 0.1 s, doubling to 5 s, with full jitter, so that users do not storm a recovering server."""
         if self._socket is not None:
             return True
         gevent.sleep(max(0.0, self._next_attempt - perf_counter()))
@@ -282,11 +310,10 @@ class TCPSocketClient:
         """Close the connection if there is one. The next message opens a new one."""
         if self._socket is None:
             return
-        for watcher in filter(None, (self._watcher, self._timer)):
-            watcher.stop()
-            watcher.close()
+        self._watcher.stop()
+        self._watcher.close()
         self._socket.close()
-        self._socket = self._watcher = self._timer = None
+        self._socket = None
         if self._busy and self._outcome is None:
             self._settle(ConnectionClosed())
 
@@ -323,16 +350,15 @@ class TCPSocketClient:
             raise
         finally:
             self._busy, self._awaited = False, None
+            self._deadlines.exchanges.pop(self, None)
 
     def _exchange(self, data: bytes, awaited: bytes | None) -> str | None:
         """Send data, wait for a message that contains what is awaited, report both; return the echo's text."""
         started = perf_counter()
         self._busy, self._awaited, self._outcome = True, awaited, None
-        self._deadline = started + self.timeout
-        if self._timer is None:
-            self._on_timer()
+        self._deadlines.start(self, started + self.timeout)
         try:
-            self._transmit(data)
+            self._transmit(data, started + self.timeout)
         except OSError as error:
             self._drop()
             self._report("send_chat", started, perf_counter(), len(data), error)
@@ -366,7 +392,7 @@ class TCPSocketClient:
             sock = socket.create_connection((self.host, self.port))
         if sock is None:
             raise TimeoutError("no connection within the time-out")
-        # Without it, a message can wait in the kernel until an earlier one is acknowledged (RFC 896).
+        # Else a message could wait in the kernel until an earlier one is acknowledged (RFC 896).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # From here on this class does the waiting, so the socket need not be one of gevent's: less work, less memory.
         self._socket = get_original("socket", "socket")(fileno=sock.detach())
@@ -375,7 +401,7 @@ class TCPSocketClient:
         self._watcher = self._loop.io(self._socket.fileno(), 1)  # 1: libev's EV_READ
         self._watcher.start(self._on_readable)
 
-    def _transmit(self, data: bytes) -> None:
+    def _transmit(self, data: bytes, deadline: float) -> None:
         """Hand data to the kernel, waiting while its buffer is full; raise ``OSError``."""
         sent, sock = 0, self._socket
         while True:
@@ -385,11 +411,10 @@ class TCPSocketClient:
                     return
             except BlockingIOError:
                 late = TimeoutError("the server did not take the message within the time-out")
-                wait_write(sock.fileno(), max(0.0, self._deadline - perf_counter()), late)
+                wait_write(sock.fileno(), max(0.0, deadline - perf_counter()), late)
 
     def _drop(self) -> None:
-        """Close after a failure, and put off the next attempt. The pauses grow until a message is echoed or a
-        connection lasts."""
+        """Close after a failure and put off the next attempt, more each time until an echo or a lasting connection."""
         self.close()
         now = perf_counter()
         if now - self._connected_at > LONGEST_PAUSE:
@@ -400,7 +425,7 @@ class TCPSocketClient:
     def _report(self, name: str, start: float, end: float, length: int, error: Exception | None = None) -> None:
         """Fire one request event, with its time in ms and its length in bytes."""
         time = (end - start) * 1000
-        self._request_event.fire(
+        self._fire(
             request_type="TCP", name=name, response_time=time, response_length=length, exception=error, context={}
         )
 
@@ -440,17 +465,9 @@ class TCPSocketClient:
             now = perf_counter()
             gevent.spawn(self._report, "disconnect", now, now, 0, error)  # a listener may block
 
-    def _on_timer(self) -> None:
-        """End the exchange in flight if its deadline has passed, else set the timer for it. It is not set anew for
-        each exchange: when it ends, it finds here whether a later one is in flight."""
-        if self._timer is not None:
-            self._timer.close()
-            self._timer = None
-        remaining = self._deadline - perf_counter()
-        if self._busy and remaining > 0:
-            self._timer = self._loop.timer(remaining)
-            self._timer.start(self._on_timer)
-        elif self._awaited is not None:
+    def expire(self) -> None:
+        """End the exchange in flight, as its deadline has passed."""
+        if self._awaited is not None:
             self._settle(EchoTimeout())
 
     def _settle(self, outcome: bytes | Exception, arrived: float | None = None) -> None:
@@ -474,6 +491,8 @@ class TCPChatUser(User):
     """Seconds for connecting, and for one exchange."""
     wait_time = between(1, 3)
     """Seconds between two messages."""
+    compose = staticmethod(TCPSocketClient.compose)
+    """Return the text to send for a tag and a message; override this method for another protocol."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
@@ -482,7 +501,7 @@ class TCPChatUser(User):
             self.client = self.new_client(environment, compose=self.compose, on_connect=self.on_connect)
             if wait:
                 seconds = sorted(map(float, checked(wait, "chat-wait").split("-")))
-                self.wait_time = functools.partial(between(seconds[0], seconds[-1]), self)  # type: ignore[method-assign]
+                self.wait_time = functools.partial(random.uniform, seconds[0], seconds[-1])  # type: ignore[method-assign]
         except ValueError as error:  # typed into the web UI: there it shows up as a failed connect
             self.client = TCPSocketClient("", 0, environment.events.request)
             self.client.fault = error
@@ -494,10 +513,6 @@ class TCPChatUser(User):
         host, port = parse_address(environment.host or cls.host, given.get("tcp_port"))
         settings = {name: given.get(f"chat_{name}") or getattr(cls, name) for name in ("framing", "echo", "timeout")}
         return TCPSocketClient(host, port, environment.events.request, **settings, **hooks)
-
-    def compose(self, tag: str, message: str) -> str:
-        """Return the text to send for a message; override it for another protocol."""
-        return TCPSocketClient.compose(tag, message)
 
     def on_connect(self) -> None:
         """Called after every successful connect; override it to log in, with ``self.client.send_chat``."""
@@ -605,7 +620,7 @@ def start_echo_server(environment: Environment) -> StreamServer:
     try:
         server.start()
     except OSError as error:
-        raise SettingError("%s:%d" % address, f"another host:port to serve on ({error.strerror})") from None
+        raise SettingError(f"{address[0]}:{address[1]}", f"another host:port to serve on ({error.strerror})") from None
     return server
 
 

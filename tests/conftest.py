@@ -122,10 +122,15 @@ def rows() -> Rows:
 
 
 @pytest.fixture
-def connect(rows: Rows) -> Iterator[Callable[..., TCPSocketClient]]:
+def request_event() -> EventHook:
+    """Return the hook that the clients of the test report to."""
+    return EventHook()
+
+
+@pytest.fixture
+def connect(rows: Rows, request_event: EventHook) -> Iterator[Callable[..., TCPSocketClient]]:
     """Return a function that makes a client of a port; it is closed after the test."""
     clients: list[TCPSocketClient] = []
-    request_event = EventHook()
     request_event.add_listener(lambda **row: rows.append(row))
 
     def make(port: int, host: str = "127.0.0.1", **settings: Any) -> TCPSocketClient:

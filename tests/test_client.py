@@ -14,6 +14,7 @@ import gevent
 import pytest
 from conftest import Rows, Server, echo, free_port, lines, wait_until
 from gevent.event import Event
+from locust.event import EventHook
 
 import locustfile
 from locustfile import MESSAGE_LIMIT, LineFraming, TCPSocketClient
@@ -54,13 +55,15 @@ def test_a_message_gives_three_rows_and_returns_the_echoed_text(serve: Serve, co
     assert rows[2]["response_time"] >= rows[1]["response_time"]
 
 
-def test_a_listener_as_in_locusts_documentation_can_be_called(serve: Serve, connect: Connect) -> None:
+def test_a_listener_as_in_locusts_documentation_can_be_called(
+    serve: Serve, connect: Connect, request_event: EventHook
+) -> None:
     client, called = connect(serve(echo).port), []
 
     def on_request(request_type, name, response_time, response_length, exception, context, **kwargs):  # type: ignore[no-untyped-def]
         called.append(name)
 
-    client._request_event.add_listener(on_request)
+    request_event.add_listener(on_request)
     client.send_chat("hello")
     assert called == ["connect", "send_chat", "echo_response"]
 
@@ -640,7 +643,9 @@ def test_a_server_that_closes_while_idle_is_a_failed_disconnect_and_the_next_mes
     assert all(row["response_time"] == row["response_length"] == 0 for row in rows.named("disconnect"))
 
 
-def test_a_listener_that_blocks_does_no_harm_to_the_event_loop(serve: Serve, connect: Connect, rows: Rows) -> None:
+def test_a_listener_that_blocks_does_no_harm_to_the_event_loop(
+    serve: Serve, connect: Connect, request_event: EventHook
+) -> None:
     server = serve(lambda connection: gevent.sleep(0.1))
     client = connect(server.port)
     reported: list[str] = []
@@ -649,7 +654,7 @@ def test_a_listener_that_blocks_does_no_harm_to_the_event_loop(serve: Serve, con
         gevent.sleep(0.05)
         reported.append(name)
 
-    client._request_event.add_listener(listener)
+    request_event.add_listener(listener)
     client.connect()
     wait_until(lambda: "disconnect" in reported)
     assert reported == ["connect", "disconnect"]

@@ -47,7 +47,7 @@ class Counting:
 
 def test_the_trial_needs_no_server_ends_by_itself_and_prints_the_three_rows(start: Start) -> None:
     port = free_port()
-    arguments = "--headless --users 20 --spawn-rate 10 --run-time 4s --echo-server"
+    arguments = "--headless --users 20 --spawn-rate 10 --run-time 3s --echo-server"
     running = start(*LOCUST, *arguments.split(), TCP_PORT=str(port))
     assert running.ends() == 0
     rows = rows_of(running.output)
@@ -157,7 +157,7 @@ def test_master_and_workers_add_up_to_what_the_server_counted(start: Start, serv
         start(*LOCUST, "--worker", "--master-host=127.0.0.1", "--master-port", port),
         start(*LOCUST, *["-f", "-", "--worker", "--master-host=127.0.0.1", "--master-port"], port, cwd=tmp_path),
     ]
-    arguments = "--master --expect-workers=2 --headless --users=10 --spawn-rate=10 --run-time=4s --stop-timeout=5"
+    arguments = "--master --expect-workers=2 --headless --users=10 --spawn-rate=10 --run-time=3s --stop-timeout=5"
     master = start(
         *(*LOCUST, *arguments.split(), "--master-bind-port", port, "--master-bind-host=127.0.0.1"),
         *("--host=127.0.0.1", "--chat-wait=0.05", "--chat-echo=tag"),
@@ -176,7 +176,7 @@ def test_master_and_workers_add_up_to_what_the_server_counted(start: Start, serv
 
 def test_two_processes_of_one_command_add_up_and_their_tags_stay_unique(start: Start, serve: Serve) -> None:
     counting = Counting()
-    arguments = "--processes=2 --headless --users=10 --spawn-rate=10 --run-time=3s --stop-timeout=5 --chat-wait=0.02"
+    arguments = "--processes=2 --headless --users=10 --spawn-rate=10 --run-time=2s --stop-timeout=5 --chat-wait=0.02"
     running = start(
         *LOCUST,
         *arguments.split(),
@@ -194,7 +194,7 @@ def test_two_processes_of_one_command_add_up_and_their_tags_stay_unique(start: S
 
 def test_two_processes_share_the_built_in_echo_server_of_their_master(start: Start) -> None:
     port = str(free_port())
-    arguments = "--processes=2 --headless --users=4 --spawn-rate=4 --run-time=3s --echo-server --chat-wait=0.05"
+    arguments = "--processes=2 --headless --users=4 --spawn-rate=4 --run-time=2s --echo-server --chat-wait=0.05"
     running = start(
         *LOCUST,
         *arguments.split(),

@@ -23,7 +23,7 @@ IN_TABLES = [line.strip("`") for line in re.findall(r"`(?:locust|python) [^`]*`"
 COMMANDS = [block.strip() for block in BLOCKS] + IN_TABLES
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
-SHORTER = {"10s": "3s", "1m": "3s", "5m": "3s", "10m": "3s", "8h": "3s"}
+SHORTER = {"10s": "3s", "1m": "2s", "5m": "2s", "10m": "2s", "8h": "2s"}
 
 
 def shortened(command: str, port: int) -> str:
