@@ -5,7 +5,6 @@
     python locustfile.py localhost 12345                                        five messages, no load
 
 Rows in the statistics: connect, send_chat, echo_response (the round trip), and disconnect where the server hangs up.
-A new scenario is one more method with ``@task`` in ``ChatClient`` that calls ``self.client.send_chat(text)``.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 import os
 import random
 import re
-import secrets
 import socket
 import statistics
 import struct
@@ -44,13 +41,12 @@ from locust.event import EventHook
 from locust.runners import WorkerRunner
 
 MESSAGE_LIMIT = 1024 * 1024  # bytes: no chat message is longer; more without an end is a flood
-RUN, CLIENTS = secrets.randbits(32), itertools.count()  # where this run's tags start, and how many clients there are
+RUN, CLIENTS = random.getrandbits(32), itertools.count()  # where this run's tags start, and how many clients there are
 READ_SIZE = 16 * 1024  # bytes a read: larger buffers cost more to allocate than the calls that they save
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to connect: after one failure, after many
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 12345  # of the built-in echo server and the standalone mode
 
 EchoMode = Literal["full", "tag", "any", "none"]
-logger = logging.getLogger(__name__)
 Hub.NOT_ERROR = (*Hub.NOT_ERROR, KeyboardInterrupt)  # Ctrl-C ends a run, and gevent need not print it as an error
 
 
@@ -116,8 +112,7 @@ class LineFraming(Framing):
         if lines and self._tail:
             lines[0] = bytes(self._tail) + lines[0]
             self._tail.clear()
-        if rest:
-            self._tail += rest
+        self._tail += rest
         if len(self._tail) > MESSAGE_LIMIT + 1 or (lines and len(lines[0]) > MESSAGE_LIMIT + 1):
             raise MessageTooLong
         return [line[:-1] if line.endswith(b"\r") else line for line in lines]
@@ -186,41 +181,32 @@ def checked(value: object, option: str) -> str:
 
 def parse_address(host: str | None, port: str | None = None) -> tuple[str, int]:
     """Return host and port of ``host:port``, ``tcp://host:port``, ``[::1]:port``, or of a host and the given port."""
-    text = (host or "").strip().removeprefix("tcp://")
-    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([^\s:/\[\]@?#\\]+))(?::([^/]*))?", text)
-    try:
-        name = (match[1] or match[2]).encode("idna").decode() if match else ""
-    except UnicodeError:  # an empty or overlong label
-        name = ""
-    if match is None or not name:
+    text, label = (host or "").strip().removeprefix("tcp://"), r"[^\s:/\[\]@?#\\.]{1,63}"
+    match = re.fullmatch(rf"(?:\[([\w:.%]+)\]|({label}(?:\.{label})*))(?::([^/]*))?", text)
+    if match is None:
         raise SettingError(host, "host:port, such as localhost:12345 or [::1]:12345")
     if match[3] is None and not port:
         raise SettingError(host, f"{text}:12345, or give the port as --tcp-port or TCP_PORT")
-    return name, int(checked(port or "" if match[3] is None else match[3], "tcp-port"))
+    return match[1] or match[2], int(checked(port or "" if match[3] is None else match[3], "tcp-port"))
 
 
 class Deadlines:
-    """Ends exchanges that last too long, all with one time-out: so they end in the order in which they began, and
-    one timer, for the oldest, is enough. A timer for each would be the largest part of what a message costs."""
+    """Ends exchanges that last too long. With one time-out, they end in the order in which they began: so one timer,
+    for the oldest, is enough, and none has to be set and to fire for each message."""
 
     def __init__(self) -> None:
         self.exchanges: dict[TCPSocketClient, float] = {}
-        self._timer: Any = None
+        self.timer: Any = None
 
-    def start(self, client: TCPSocketClient, deadline: float) -> None:
-        """Let the exchange of a client end at the deadline, unless it is taken out of ``exchanges`` before."""
-        self.exchanges[client] = deadline
-        if self._timer is None:
-            self._on_timer()
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        while self.exchanges and self._timer is None:
+    def check(self) -> None:
+        """End the exchanges that are due, and set the timer for the next."""
+        self.timer = None
+        while self.exchanges and self.timer is None:
             client, deadline = next(iter(self.exchanges.items()))
             remaining = deadline - perf_counter()
             if remaining > 0:
-                self._timer = gevent.get_hub().loop.timer(remaining)
-                self._timer.start(self._on_timer)
+                self.timer = gevent.get_hub().loop.timer(remaining)
+                self.timer.start(self.check)
             else:
                 del self.exchanges[client]
                 client.expire()
@@ -258,8 +244,7 @@ class TCPSocketClient:
     ) -> None:
         self.host, self.port, self._fire = host, port, request_event.fire
         self.echo, self.timeout = checked(echo, "chat-echo"), float(checked(timeout, "chat-timeout"))
-        self.fault: ValueError | None = None
-        """A wrong setting that every attempt to connect fails with."""
+        self.fault: ValueError | None = None  # a wrong setting, which every attempt to connect fails with
         self._new_framing = framing_factory(framing)
         self._compose, self._on_connect = compose or self.compose, on_connect
         # Locust forks its workers after this file was loaded: multiplied, their numbers lie far apart.
@@ -269,13 +254,11 @@ class TCPSocketClient:
         self._socket: Any = None
         self._framing = self._new_framing()
         self._watcher: Any = None
-        # The exchange in flight: the echo contains what is awaited, a damaged echo at least the tag.
-        self._busy, self._messages, self._arrived, self._tag = False, 0, 0.0, b""
         self._deadlines = DEADLINES[self.timeout]
-        self._awaited: bytes | None = None
+        self._busy, self._messages, self._arrived, self._tag = False, 0, 0.0, b""
+        self._awaited: bytes | None = None  # the echo contains this, a damaged echo at least the tag
         self._outcome: bytes | Exception | None = None
-        # Connecting, and connecting again.
-        self._greeting, self._failures, self._next_attempt, self._connected_at = False, 0, 0.0, math.inf
+        self._greeting, self._failures, self._next_attempt, self._connected_at = False, 0, 0.0, float("inf")
 
     @staticmethod
     def compose(tag: str, message: str) -> str:
@@ -356,7 +339,9 @@ class TCPSocketClient:
         """Send data, wait for a message that contains what is awaited, report both; return the echo's text."""
         started = perf_counter()
         self._busy, self._awaited, self._outcome = True, awaited, None
-        self._deadlines.start(self, started + self.timeout)
+        self._deadlines.exchanges[self] = started + self.timeout
+        if self._deadlines.timer is None:
+            self._deadlines.check()
         try:
             self._transmit(data, started + self.timeout)
         except OSError as error:
@@ -371,16 +356,13 @@ class TCPSocketClient:
         if isinstance(outcome, Exception):
             if awaited == b"" or not isinstance(outcome, (EchoTimeout, EchoTruncated, EchoAltered)):
                 self._drop()  # after a time-out in mode any, a late answer would be taken for the next one
-            if awaited is None:
-                self._report("disconnect", started, started, 0, outcome)
-            else:
-                self._report("echo_response", started, self._arrived, 0, outcome)
+            name, start = ("echo_response", started) if awaited is not None else ("disconnect", self._arrived)
+            self._report(name, start, self._arrived, 0, outcome)
             return None
         self._failures = 0
-        if outcome is None:
-            return None
-        self._report("echo_response", started, self._arrived, len(outcome))
-        return outcome.decode("utf-8", "replace")
+        if outcome is not None:
+            self._report("echo_response", started, self._arrived, len(outcome))
+        return None if outcome is None else outcome.decode("utf-8", "replace")
 
     def _open(self) -> None:
         """Connect and watch for bytes; raise ``OSError``, or ``ValueError`` for a wrong setting."""
@@ -404,11 +386,9 @@ class TCPSocketClient:
     def _transmit(self, data: bytes, deadline: float) -> None:
         """Hand data to the kernel, waiting while its buffer is full; raise ``OSError``."""
         sent, sock = 0, self._socket
-        while True:
+        while sent < len(data):
             try:
                 sent += sock.send(memoryview(data)[sent:] if sent else data)
-                if sent == len(data):
-                    return
             except BlockingIOError:
                 late = TimeoutError("the server did not take the message within the time-out")
                 wait_write(sock.fileno(), max(0.0, deadline - perf_counter()), late)
@@ -420,7 +400,7 @@ class TCPSocketClient:
         if now - self._connected_at > LONGEST_PAUSE:
             self._failures = 0
         self._next_attempt = now + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures, 10)))
-        self._failures, self._connected_at = self._failures + 1, math.inf
+        self._failures, self._connected_at = self._failures + 1, float("inf")
 
     def _report(self, name: str, start: float, end: float, length: int, error: Exception | None = None) -> None:
         """Fire one request event, with its time in ms and its length in bytes."""
@@ -452,7 +432,7 @@ class TCPSocketClient:
         except (OSError, MessageTooLong) as error:
             self._on_loss(error)
         except Exception:  # a framing of the user's own can raise anything
-            logger.debug("the framing failed", exc_info=True)
+            logging.getLogger(__name__).debug("the framing failed", exc_info=True)
             self._on_loss(FramingError())
 
     def _on_loss(self, error: Exception) -> None:
@@ -462,8 +442,7 @@ class TCPSocketClient:
             self._settle(error)
         else:
             self._drop()
-            now = perf_counter()
-            gevent.spawn(self._report, "disconnect", now, now, 0, error)  # a listener may block
+            gevent.spawn(self._report, "disconnect", 0, 0, 0, error)  # a listener may block
 
     def expire(self) -> None:
         """End the exchange in flight, as its deadline has passed."""
@@ -478,8 +457,7 @@ class TCPSocketClient:
 
 
 class TCPChatUser(User):
-    """A user with a chat connection, ``self.client``. An option given by the person who runs the test wins over
-    the attribute of the class."""
+    """A user with a chat connection, ``self.client``. An option that is given wins over the attribute of the class."""
 
     abstract = True
 
@@ -530,9 +508,8 @@ SENTENCES = (
     "오늘 저녁에 시간 되시면 같이 식사해요 🍜",
     "The build is green again, thanks for the quick fix!",
     "회의는 세 시로 옮겼습니다, 확인 부탁드려요.",
-    "Ça marche très bien chez moi aussi 👍",
     "사진 정말 잘 나왔네요 📷 어디에서 찍으셨어요?",
-    "Schöne Grüße aus München, bis nächste Woche!",
+    "Ça marche très bien 👍 Schöne Grüße aus München!",
 )
 # With up to 22 bytes for the tag: at most 60, 100 to 400, 513 to 1,000 bytes as sent.
 SHORT_TEXTS = ("안녕하세요! 👋", "Hello, everyone!", "점심 드셨어요? 🍜", "ㅋㅋㅋ 좋아요 😄", "Très bien, merci", "👍")
@@ -560,8 +537,7 @@ class ChatClient(TCPChatUser):
 
 
 def bucket_response_time(milliseconds: float, otherwise: Callable[[float], int] = stats.bucket_response_time) -> float:
-    """Keep two significant digits below 10 ms, where Locust counts whole ms. Locust documents this hook under
-    "customizing response time bucketing"."""
+    """Keep two significant digits below 10 ms, where Locust counts whole ms ("Customizing response time bucketing")."""
     if milliseconds >= 10:
         return otherwise(milliseconds)
     steps = 10 if milliseconds >= 1 else 100 if milliseconds >= 0.1 else 1000
@@ -573,23 +549,20 @@ stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
-    """Add this file's options to the command line, the web form, locust.conf and the environment. Values stay text,
-    as the web form sends it, and empty is as good as not given."""
+    """Add this file's options to Locust's. Values stay text, as in the web form, and empty means not given."""
     for option, (_, meaning, instead) in OPTIONS.items():
         check = functools.partial(lambda text, option: text and checked(text, option), option=option)
         name, value = option.upper().replace("-", "_"), f"<{option.rpartition('-')[2]}>"
         parser.add_argument(f"--{option}", metavar=value, env_var=name, type=check, help=f"{meaning}: {instead}")
     served = f"Serve a built-in echo chat server on --host ({DEFAULT_HOST}:{DEFAULT_PORT} if none) during the test"
-    # Not in the web form: it is up before the form is.
     parser.add_argument("--echo-server", action="store_true", include_in_web_ui=False, help=served)
 
 
 @events.init.add_listener
 def prepare(environment: Environment, **_: Any) -> None:
-    """Start the echo server if asked for, and end Locust with one line where a setting is wrong. A worker has
-    nothing to check: its settings come from the master."""
+    """Start the echo server if asked for, and end Locust with one line where a setting is wrong."""
     options: Any = environment.parsed_options
-    if options is None or isinstance(environment.runner, WorkerRunner):
+    if options is None or isinstance(environment.runner, WorkerRunner):  # what a worker needs comes from its master
         return
     try:
         if options.echo_server:
@@ -615,12 +588,11 @@ def start_echo_server(environment: Environment) -> StreamServer:
 
     options: Any = environment.parsed_options
     environment.host = environment.host or f"{DEFAULT_HOST}:{options.tcp_port or DEFAULT_PORT}"
-    address = parse_address(environment.host, options.tcp_port)
-    server = StreamServer(address, echo, backlog=1024)
+    server = StreamServer(parse_address(environment.host, options.tcp_port), echo, backlog=1024)
     try:
         server.start()
-    except OSError as error:
-        raise SettingError(f"{address[0]}:{address[1]}", f"another host:port to serve on ({error.strerror})") from None
+    except OSError as error:  # its text ends with the address
+        raise SettingError(environment.host, f"another host:port to serve on ({error.strerror})") from None
     return server
 
 
