@@ -1,0 +1,24 @@
+"""The benchmarks run and print their table; what they measure is not judged here, as machines are noisy."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+from conftest import ROOT, Program
+
+Start = Callable[..., Program]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read Linux's own figures")
+def test_a_quick_comparison_prints_a_row_for_each_figure(start: Start) -> None:
+    readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert ".venv/bin/python benchmarks/run.py --quick" in readme
+    running = start(sys.executable, "benchmarks/run.py", "--quick", "--only", "room", "share")
+    assert running.ends(90) == 0
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", running.output, re.MULTILINE)
+    assert [what.split()[0] for what, _ in rows[2:]] == ["error", "the", "Locust's"]
+    error = next(figure for what, figure in rows if what.startswith("error"))
+    assert -1 < float(error.removesuffix(" ms")) < 25
