@@ -16,9 +16,8 @@ Start = Callable[..., Program]
 def test_a_quick_comparison_prints_a_row_for_each_figure(start: Start) -> None:
     readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert ".venv/bin/python benchmarks/run.py --quick" in readme
-    running = start(sys.executable, "benchmarks/run.py", "--quick", "--only", "room", "share")
+    running = start(sys.executable, "benchmarks/run.py", "--quick", "--only", "share")
     assert running.ends(90) == 0
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", running.output, re.MULTILINE)
-    assert [what.split()[0] for what, _ in rows[2:]] == ["error", "the", "Locust's"]
-    error = next(figure for what, figure in rows if what.startswith("error"))
-    assert -1 < float(error.removesuffix(" ms")) < 25
+    assert len(rows) == 3
+    assert 1 <= int(rows[2][1].removesuffix("%")) <= 100  # Locust's share of the processor time
