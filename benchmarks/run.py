@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -377,10 +378,6 @@ COMPARISONS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 
 
-FAILURES = (BenchmarkError, OSError, ValueError, LookupError, psutil.Error, subprocess.SubprocessError)
-"""What ends a comparison and not the others."""
-
-
 def conditions(bench: Bench) -> str:
     """Return date, versions and machine: without them, the figures say little."""
     model = platform.processor()
@@ -426,7 +423,8 @@ def main() -> int:
             print(f"{name} …", file=sys.stderr)
             try:
                 rows += comparisons[name](bench)
-            except FAILURES as error:
+            except Exception as error:  # whatever it is, the other comparisons can still be made
+                traceback.print_exc()
                 rows.append(Row(name, "failed", details=f"{type(error).__name__}: {error}"))
                 failed = True
             bench.end_all()
