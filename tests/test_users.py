@@ -201,6 +201,16 @@ def test_a_hundred_silent_servers_fail_in_one_group_each_at_the_timeout(serve: S
     assert server.opened == 100
 
 
+def test_a_user_connects_before_it_has_anything_to_say(serve: Serve, run: Run) -> None:
+    class Silent(ChatClient):
+        tasks = [lambda user: gevent.sleep(10)]  # noqa: RUF012
+
+    server = serve(echo)
+    environment = run(Silent, server.address)
+    wait_until(lambda: server.open == 1)
+    assert row(environment, "connect").num_requests == 1
+
+
 def test_a_user_whose_own_on_start_forgets_to_connect_still_chats(serve: Serve, run: Run) -> None:
     class Mine(ChatClient):
         def on_start(self) -> None:
