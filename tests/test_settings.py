@@ -158,7 +158,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "line"), WRONG)
 def test_bad_input_ends_locust_with_one_line_before_any_user_starts(arguments: str, line: str) -> None:
-    code, output = run(*LOCUST, "--headless", "--users=1", "--run-time=5s", *arguments.split())
+    bus = str(free_port())  # of its own: on the usual port, workers of another run could join
+    variables = {"LOCUST_MASTER_BIND_PORT": bus, "LOCUST_MASTER_NODE_PORT": bus}
+    code, output = run(*LOCUST, "--headless", "--users=1", "--run-time=5s", *arguments.split(), **variables)
     assert code != 0
     assert any(part in output for part in line.split("|"))
     assert "Traceback" not in output and "Ramping" not in output
