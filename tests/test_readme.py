@@ -151,11 +151,17 @@ def test_the_protocol_example_of_the_readme_works(start: Start, serve: Serve, tm
                 messages.append(payload)
                 connection.sendall(framing.encode(b'{"ok": true, "echo": ' + payload + b"}"))  # type: ignore[attr-defined]
 
-    (tmp_path / "mine.py").write_text(
-        f"import json\nfrom locustfile import ChatClient\n\n\n{PYTHON[1]}", encoding="utf-8"
-    )
+    (tmp_path / "json_chat.py").write_text(PYTHON[1], encoding="utf-8")
+    shutil.copy(ROOT / "locustfile.py", tmp_path)
     running = start(
-        *(*LOCUST, "-f", tmp_path / "mine.py", "--headless", f"--host={serve(server).address}", "--chat-wait=0.05"),
+        *(
+            *LOCUST,
+            "-f",
+            tmp_path / "json_chat.py",
+            "--headless",
+            f"--host={serve(server).address}",
+            "--chat-wait=0.05",
+        ),
         *("--run-time=2s", "JsonChat"),
     )
     assert running.ends() == 0
