@@ -3,14 +3,13 @@
     locust --headless --users 20 --spawn-rate 10 --run-time 10s --echo-server   a trial, no server needed
     locust --host=localhost:12345                                               web UI on port 8089
     python locustfile.py localhost 12345                                        five messages, no load
-
 Rows in the statistics: connect, send_chat, echo_response (the round trip), and disconnect where the server hangs up.
 """
 
 from __future__ import annotations
 
 # Locust comes first: it replaces the blocking calls of the standard library with gevent's.
-from locust import User, between, events, stats, task  # isort: skip
+from locust import User, argument_parser, between, env, event, events, runners, stats, task  # isort: skip
 
 import argparse
 import contextlib
@@ -21,33 +20,36 @@ import os
 import random
 import re
 import socket
-import statistics
+import ssl
 import struct
 import sys
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import gevent
 import psutil
-from gevent.hub import Hub, Waiter
-from gevent.monkey import get_original
-from gevent.server import StreamServer
+from gevent import hub, monkey, server
 from gevent.socket import wait_write
-from locust.argument_parser import LocustArgumentParser
-from locust.env import Environment
-from locust.event import EventHook
-from locust.runners import WorkerRunner
 
 MESSAGE_LIMIT = 1024 * 1024  # bytes: no chat message is longer; more without an end is a flood
 RUN, CLIENTS = random.getrandbits(32), itertools.count()  # where this run's tags start, and how many clients there are
 READ_SIZE = 16 * 1024  # bytes a read: larger buffers cost more to allocate than the calls that they save
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to connect: after one failure, after many
+STAMPED_TAG = re.compile(rb"\b([0-9a-f]{8})\.\d{1,9}\.([0-9a-f]{8})\.([0-9a-f]{7})\b")  # sender, time, machine
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # with the boot, the clock begins anew; not all systems have this
+MACHINE = BOOT_ID.read_text()[:7] if BOOT_ID.exists() else f"{RUN:08x}"[:7]
+READY: deque[Callable[[None], object]] = deque()  # wakes the users whose exchange has ended
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 12345  # of the built-in echo server and the standalone mode
 
+shared_context = functools.cache(lambda factory: factory())  # one for all: reading the system's certificates is slow
 EchoMode = Literal["full", "tag", "any", "none"]
-Hub.NOT_ERROR = (*Hub.NOT_ERROR, KeyboardInterrupt)  # Ctrl-C ends a run, and gevent need not print it as an error
+hub.Hub.NOT_ERROR = (
+    *hub.Hub.NOT_ERROR,
+    KeyboardInterrupt,
+)  # Ctrl-C ends a run, and gevent need not print it as an error
 
 
 def chat_error(name: str, text: str, *bases: type[Exception]) -> Any:
@@ -90,13 +92,11 @@ class LineFraming(Framing):
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the lines that end in data; raise ``MessageTooLong`` for one over the limit."""
-        lines = data.split(b"\n")
-        rest = lines.pop()
+        *lines, rest = data.split(b"\n")
         if lines and self._tail:
             lines[0] = bytes(self._tail) + lines[0]
             self._tail.clear()
-        if rest:
-            self._tail += rest
+        self._tail += rest
         if len(self._tail) > MESSAGE_LIMIT + 1 or (lines and len(lines[0]) > MESSAGE_LIMIT + 1):
             raise MessageTooLong
         return [line.removesuffix(b"\r") for line in lines]
@@ -118,8 +118,7 @@ class LengthPrefixFraming(Framing):
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield the payloads that data completes; raise ``MessageTooLong`` for a length over the limit."""
         self._buffer += data
-        start = self._length.size
-        while len(self._buffer) >= start:
+        while len(self._buffer) >= (start := self._length.size):
             end = start + self._length.unpack_from(self._buffer)[0]
             if end - start > MESSAGE_LIMIT:
                 raise MessageTooLong
@@ -129,14 +128,6 @@ class LengthPrefixFraming(Framing):
             del self._buffer[:end]
 
 
-def framing_factory(framing: str | Callable[[], Framing]) -> Callable[[], Framing]:
-    """Return what makes the framing of a connection: a factory as it is, else that of ``line``, ``raw`` or a prefix."""
-    if callable(framing):
-        return framing
-    prefix = functools.partial(LengthPrefixFraming, checked(framing, "chat-framing"))
-    return {"line": LineFraming, "raw": Framing}.get(framing, prefix)
-
-
 NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 PORT = r"[1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 OPTIONS = {  # what a value looks like, what it means, what can be written
@@ -144,6 +135,8 @@ OPTIONS = {  # what a value looks like, what it means, what can be written
     "chat-framing": ("line|raw|[@=<>!]?[BHILQ]", "Framing of messages", "line (default), raw, or a prefix like >I, <H"),
     "chat-echo": ("full|tag|any|none", "What counts as the echo", "full (default), tag, any or none"),
     "chat-timeout": (f"(?=.*[1-9]){NUMBER}", "Time for connecting, and for each echo", "seconds above 0 (default 5)"),
+    "chat-max-fail-ratio": (r"[01]|0?\.\d{1,9}", "Largest share of failed echoes and connects", "0 to 1, such as 0.01"),
+    "chat-max-p95": (f"(?=.*[1-9]){NUMBER}", "Largest 95th percentile of echoes", "ms above 0, such as 200"),
     "chat-wait": (f"{NUMBER}(-{NUMBER})?", "Pause between messages", "seconds, such as 2, 0.5-2 or 0 (default 1-3)"),
 }
 
@@ -163,46 +156,36 @@ def checked(value: object, option: str) -> str:
     return str(value)
 
 
-def parse_address(host: str | None, port: str | None = None) -> tuple[str, int]:
-    """Return host and port of ``host:port``, ``tcp://host:port``, ``[::1]:port``, or of a host and the given port."""
-    text, label = (host or "").strip().removeprefix("tcp://"), r"[^\s:/\[\]@?#\\.]{1,63}"
-    match = re.fullmatch(rf"(?:\[([\w:.%]+)\]|({label}(?:\.{label})*))(?::([^/]*))?", text)
-    if match is None:
-        raise SettingError(host, "host:port, such as localhost:12345 or [::1]:12345")
-    if match[3] is None and not port:
-        raise SettingError(host, f"{text}:12345, or give the port as --tcp-port or TCP_PORT")
-    return match[1] or match[2], int(checked(port or "" if match[3] is None else match[3], "tcp-port"))
+def parse_address(host: str | None, port: str | None = None) -> tuple[str, int, bool]:
+    """Return host, port, and whether TLS is wanted: of ``host:port`` or a host, ``tcp://`` or ``tls://`` before it."""
+    text, label = (host or "").strip(), r"[^\s:/\[\]@?#\\.]{1,63}"
+    match = re.fullmatch(rf"(tls://|tcp://)?(?:\[([\w:.%]+)\]|({label}(?:\.{label})*))(?::([^/]*))?", text)
+    if match is None or (match[4] is None and not port):
+        raise SettingError(host, "host:port, such as localhost:12345 or tls://[::1]:12345, or add --tcp-port")
+    number = int(checked(port or "" if match[4] is None else match[4], "tcp-port"))
+    return match[2] or match[3], number, match[1] == "tls://"
 
 
-class Deadlines:
-    """Ends exchanges that last too long. With one time-out, they end in the order in which they began: so one timer,
-    for the oldest, is enough, and none has to be set and to fire for each message."""
+@functools.cache
+def exchanges_within(timeout: float) -> dict[TCPSocketClient, float]:
+    """Return the exchanges with that time-out, which end on time. They are due in the order in which they began: so one
+    greenlet watches the oldest, and no timer has to be set and to fire for each message."""
+    exchanges: dict[TCPSocketClient, float] = {}
 
-    def __init__(self) -> None:
-        self.exchanges: dict[TCPSocketClient, float] = {}
-        self.timer: Any = None
+    def end_overdue() -> None:
+        while True:
+            client, deadline = next(iter(exchanges.items()), (None, perf_counter() + timeout))
+            gevent.sleep(max(0.0, deadline - perf_counter()))
+            if client is not None and exchanges.get(client) == deadline:
+                del exchanges[client]
+                client.settle(EchoTimeout())
 
-    def check(self) -> None:
-        """End the exchanges that are due, and set the timer for the next."""
-        self.timer = None
-        while self.exchanges and self.timer is None:
-            client, deadline = next(iter(self.exchanges.items()))
-            remaining = deadline - perf_counter()
-            if remaining > 0:
-                self.timer = gevent.get_hub().loop.timer(remaining)
-                self.timer.start(self.check)
-            else:
-                del self.exchanges[client]
-                client.expire()
-
-
-DEADLINES: defaultdict[float, Deadlines] = defaultdict(Deadlines)  # by time-out in seconds
-READY: deque[Callable[[None], object]] = deque()  # what wakes the users whose exchange has ended
+    gevent.spawn(end_overdue)
+    return exchanges
 
 
 def wake() -> None:
-    """Wake a few users, and the next ones when these have gone on to their next message: then their data is still in
-    the processor's cache, which it would not be after a turn of a thousand others."""
+    """Wake a few users, and the next when these have sent again, while their data is in the processor's cache."""
     for _ in range(min(len(READY), 16)):
         READY.popleft()(None)
     if READY:
@@ -210,17 +193,14 @@ def wake() -> None:
 
 
 class TCPSocketClient:
-    """A chat connection. Every call blocks its caller and, under gevent, nobody else.
-
-    Failures are request events, never raised into the task. Reading is driven by the event loop, also between
-    messages, so that no broadcast piles up in the server, and no echo waits for its user's turn to be timed.
+    """A chat connection. Every call blocks its caller and, under gevent, nobody else. Failures are request events, and
+    never raised into the task. Reading is driven by the event loop, also between messages, so that no broadcast piles
+    up in the server, and no echo waits for its user's turn to be timed.
 
     :param request_event: what the events are fired on: Locust's ``environment.events.request``
-    :param framing: ``line``, ``raw``, a ``struct`` format of a length prefix, or a factory of :class:`Framing`
-    :param echo: what counts as the echo: ``full``, ``tag``, ``any`` or ``none`` (the README says more)
-    :param timeout: seconds for connecting, and for one exchange, that is, send and echo together
-    :param compose: used instead of :meth:`compose`
-    :param on_connect: called after every successful connect, to log in; may call :meth:`send_chat`
+    :param framing: this, ``echo``, ``timeout``, ``compose`` and ``on_connect`` are as in :class:`TCPChatUser`
+    :param tls: makes the context of a TLS connection, as ``tls_context`` there; None for one without TLS
+    :param delivery: report each message of another client as ``delivery``
     :raises ValueError: for a wrong framing, echo or time-out
     """
 
@@ -228,27 +208,32 @@ class TCPSocketClient:
         self,
         host: str,
         port: int,
-        request_event: EventHook,
+        request_event: event.EventHook,
         *,
         framing: str | Callable[[], Framing] = "line",
         echo: EchoMode = "full",
         timeout: float = 5.0,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        delivery: bool = False,
         compose: Callable[[str, str], str] | None = None,
         on_connect: Callable[[], object] = lambda: None,
     ) -> None:
         self.host, self.port, self._fire = host, port, request_event.fire
         self.echo, self.timeout = checked(echo, "chat-echo"), float(checked(timeout, "chat-timeout"))
-        self.fault: ValueError | None = None  # a wrong setting, which every attempt to connect fails with
-        self._new_framing = framing_factory(framing)
+        self.fault: OSError | ValueError | None = None  # a wrong setting, which every attempt to connect fails with
+        self._tls = None if tls is None else shared_context(tls)
+        if not callable(framing):
+            prefix = functools.partial(LengthPrefixFraming, checked(framing, "chat-framing"))
+            framing = {"line": LineFraming, "raw": Framing}.get(framing, prefix)
+        self._new_framing, self._framing = framing, framing()
         self._compose, self._on_connect = compose or self.compose, on_connect
         # Locust forks its workers after this file was loaded: multiplied, their numbers lie far apart.
         self._identity = f"{(RUN + os.getpid() * 0x9E3779B1 + next(CLIENTS)) % 2**32:08x}"
-        hub = gevent.get_hub()
-        self._loop, self._waiter = hub.loop, Waiter(hub)
+        self._seen: dict[bytes, None] | None = {} if delivery else None  # the latest messages of others
+        self._loop, self._waiter = gevent.get_hub().loop, hub.Waiter()
         self._socket: Any = None
-        self._framing = self._new_framing()
         self._watcher: Any = None
-        self._deadlines = DEADLINES[self.timeout]
+        self._exchanges = exchanges_within(self.timeout)
         self._busy, self._messages, self._arrived, self._tag = False, 0, 0.0, b""
         self._awaited: bytes | None = None  # the echo contains this, a damaged echo at least the tag
         self._outcome: bytes | Exception | None = None
@@ -270,9 +255,9 @@ class TCPSocketClient:
             self._open()
         except (OSError, ValueError) as error:
             self._drop()
-            self._report("connect", started, perf_counter(), 0, error)
+            self._report("connect", (perf_counter() - started) * 1000, 0, error)
             return False
-        self._report("connect", started, self._connected_at, 0)
+        self._report("connect", (self._connected_at - started) * 1000, 0)
         self._greeting = True  # what on_connect sends goes over this connection or none
         try:
             self._on_connect()
@@ -287,17 +272,17 @@ class TCPSocketClient:
         """Close the connection if there is one. The next message opens a new one."""
         if self._socket is None:
             return
-        self._watcher.stop()
         self._watcher.close()
+        with contextlib.suppress(OSError, AttributeError):  # the latter without TLS
+            self._socket.unwrap()  # tells the server that this is the end, not an attacker's cut (RFC 8446, 6.1)
         self._socket.close()
         self._socket = None
         if self._busy and self._outcome is None:
-            self._settle(ConnectionClosed())
+            self.settle(ConnectionClosed())
 
     def send_chat(self, message: str, *, echo: EchoMode | None = None) -> str | None:
-        """Send one message, connecting first if need be, and wait for its echo.
-
-        A message that starts with ``/`` is a command: it goes out untouched, and ``any`` message answers it.
+        """Send one message, connecting first if need be, and wait for its echo. One that starts with ``/``, a command,
+        goes out untouched, and ``any`` message answers it.
 
         :param echo: what counts as the echo of this message, instead of the client's mode
         :returns: the text of the echo; None where the exchange failed or no echo is awaited
@@ -308,41 +293,48 @@ class TCPSocketClient:
             mode = "any"
         if self._busy:
             raise RuntimeError("one message at a time: give each greenlet a TCPSocketClient of its own")
-        if mode == "any" and self._socket is not None:
-            self._on_readable()  # what has come before the send is not the answer
+        if mode == "any":  # what has come before the send is not the answer
+            all(self._socket and self._on_readable() for _ in range(64))
         if self._socket is None and (self._greeting or not self.connect()):
             return None
-        if mode in ("full", "tag"):
+        if mode in ("full", "tag") or (self._seen is not None and mode == "none"):
             self._messages += 1
             tag = f"{self._identity}.{self._messages}"
-            message, self._tag = self._compose(tag, message), tag.encode()
+            self._tag = tag.encode()
+            if self._seen is not None:
+                tag += f".{int(perf_counter() * 1e5) % 2**32:08x}.{MACHINE}"
+            message = self._compose(tag, message)
         payload = message.encode()
         data = self._framing.encode(payload)
         try:
-            if mode == "none":
-                return self._exchange(data, None)
-            return self._exchange(data, payload if mode == "full" else self._tag if mode == "tag" else b"")
+            awaited = payload if mode == "full" else self._tag if mode == "tag" else b"" if mode == "any" else None
+            return self._exchange(data, awaited)
         except BaseException:  # Locust stops this user: nothing to report, and no use for half an exchange
             self.close()
             raise
         finally:
             self._busy, self._awaited = False, None
-            self._deadlines.exchanges.pop(self, None)
+            self._exchanges.pop(self, None)
 
     def _exchange(self, data: bytes, awaited: bytes | None) -> str | None:
         """Send data, wait for a message that contains what is awaited, report both; return the echo's text."""
-        started = perf_counter()
+        started, unsent = perf_counter(), data
         self._busy, self._awaited, self._outcome = True, awaited, None
-        self._deadlines.exchanges[self] = started + self.timeout
-        if self._deadlines.timer is None:
-            self._deadlines.check()
+        self._exchanges[self] = started + self.timeout
         try:
-            self._transmit(data, started + self.timeout)
+            while unsent:
+                try:
+                    sent = self._socket.send(unsent)
+                except BlockingIOError:
+                    sent = 0  # as TLS says it
+                if unsent := unsent[sent:]:
+                    late = TimeoutError("the server did not take the message within the time-out")
+                    wait_write(self._socket.fileno(), max(0.0, started + self.timeout - perf_counter()), late)
         except OSError as error:
             self._drop()
-            self._report("send_chat", started, perf_counter(), len(data), error)
+            self._report("send_chat", (perf_counter() - started) * 1000, len(data), error)
             return None
-        self._report("send_chat", started, perf_counter(), len(data))
+        self._report("send_chat", (perf_counter() - started) * 1000, len(data))
         while awaited is not None and self._outcome is None:
             self._waiter.get()
             self._waiter.clear()
@@ -350,101 +342,94 @@ class TCPSocketClient:
         if isinstance(outcome, Exception):
             if awaited == b"" or not isinstance(outcome, (EchoTimeout, EchoTruncated, EchoAltered)):
                 self._drop()  # after a time-out in mode any, a late answer would be taken for the next one
-            name, start = ("echo_response", started) if awaited is not None else ("disconnect", self._arrived)
-            self._report(name, start, self._arrived, 0, outcome)
+            name, time = ("disconnect", 0) if awaited is None else ("echo_response", (self._arrived - started) * 1000)
+            self._report(name, time, 0, outcome)
             return None
         self._failures = 0
         if outcome is not None:
-            self._report("echo_response", started, self._arrived, len(outcome))
+            self._report("echo_response", (self._arrived - started) * 1000, len(outcome))
         return None if outcome is None else outcome.decode("utf-8", "replace")
 
     def _open(self) -> None:
         """Connect and watch for bytes; raise ``OSError``, or ``ValueError`` for a wrong setting."""
         if self.fault is not None:
             raise self.fault
-        sock = None
-        # One limit for the look-up and all addresses together; a time-out of the socket would count for each.
-        with gevent.Timeout(self.timeout, False):
-            sock = socket.create_connection((self.host, self.port))
-        if sock is None:
+        # One limit for look-up, all addresses and TLS together; a time-out of the socket would count for each.
+        with gevent.Timeout(self.timeout, False), contextlib.ExitStack() as opened:
+            sock = opened.enter_context(socket.create_connection((self.host, self.port)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a message waits, as RFC 896 says
+            sock = opened.enter_context(self._tls.wrap_socket(sock, server_hostname=self.host)) if self._tls else sock
+            opened.pop_all()
+            # From here on this class does the waiting. So a plain socket need not be gevent's: less work, less memory.
+            self._socket = sock if self._tls else monkey.get_original("socket", "socket")(fileno=sock.detach())
+        if self._socket is None:
             raise TimeoutError("no connection within the time-out")
-        # Else a message could wait in the kernel until an earlier one is acknowledged (RFC 896).
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # From here on this class does the waiting, so the socket need not be one of gevent's: less work, less memory.
-        self._socket = get_original("socket", "socket")(fileno=sock.detach())
         self._socket.setblocking(False)
         self._framing, self._connected_at = self._new_framing(), perf_counter()
         self._watcher = self._loop.io(self._socket.fileno(), 1)  # 1: libev's EV_READ
         self._watcher.start(self._on_readable)
 
-    def _transmit(self, data: bytes, deadline: float) -> None:
-        """Hand data to the kernel, waiting while its buffer is full; raise ``OSError``."""
-        sent, sock = 0, self._socket
-        while sent < len(data):
-            try:
-                sent += sock.send(memoryview(data)[sent:] if sent else data)
-            except BlockingIOError:
-                late = TimeoutError("the server did not take the message within the time-out")
-                wait_write(sock.fileno(), max(0.0, deadline - perf_counter()), late)
-
     def _drop(self) -> None:
         """Close after a failure and put off the next attempt, more each time until an echo or a lasting connection."""
         self.close()
         now = perf_counter()
-        if now - self._connected_at > LONGEST_PAUSE:
-            self._failures = 0
-        self._next_attempt = now + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures, 10)))
-        self._failures, self._connected_at = self._failures + 1, float("inf")
+        failures = 0 if now - self._connected_at > LONGEST_PAUSE else self._failures
+        self._next_attempt = now + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failures, 10)))
+        self._failures, self._connected_at = failures + 1, float("inf")
 
-    def _report(self, name: str, start: float, end: float, length: int, error: Exception | None = None) -> None:
+    def _report(self, name: str, time: float | None, size: int, error: Exception | None = None) -> None:
         """Fire one request event, with its time in ms and its length in bytes."""
-        time = (end - start) * 1000
-        self._fire(
-            request_type="TCP", name=name, response_time=time, response_length=length, exception=error, context={}
-        )
+        self._fire(request_type="TCP", name=name, response_time=time, response_length=size, exception=error, context={})
 
-    # What follows runs in the event loop, where it must neither block nor raise.
-
-    def _on_readable(self) -> None:
-        """Read what has come, cut it into messages, hand over the echo with the time of its arrival."""
+    def _on_readable(self) -> bool:
+        """Read what has come, hand over the echo with the time of its arrival; return whether there may be more. This,
+        and what it calls, runs in the event loop, where it must neither block nor raise."""
         try:
             data = self._socket.recv(READ_SIZE)
             arrived = perf_counter()
             if not data:
                 raise ConnectionClosed
             for payload in self._framing.feed(data):
+                if self._seen is not None:
+                    self._on_delivery(payload, arrived, self._seen)
                 if self._awaited is None:
                     continue
                 if self._awaited in payload:
-                    self._settle(payload, arrived)
+                    self.settle(payload, arrived)
                 elif self._tag in payload:
-                    expected = self._awaited[self._awaited.find(self._tag) :]
-                    truncated = expected.startswith(payload[payload.find(self._tag) :])
-                    self._settle(EchoTruncated() if truncated else EchoAltered(), arrived)
-        except BlockingIOError:
+                    error = EchoTruncated if payload[payload.find(self._tag) :] in self._awaited else EchoAltered
+                    self.settle(error(), arrived)
+            return True
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
-        except (OSError, MessageTooLong) as error:
-            self._on_loss(error)
-        except Exception:  # a framing of the user's own can raise anything
-            logging.getLogger(__name__).debug("the framing failed", exc_info=True)
-            self._on_loss(FramingError())
+        except Exception as error:  # a framing of the user's own can raise anything
+            logging.getLogger(__name__).debug("reading failed", exc_info=True)
+            self._on_loss(error if isinstance(error, (OSError, MessageTooLong)) else FramingError())
+        return False
+
+    def _on_delivery(self, payload: bytes, arrived: float, seen: dict[bytes, None]) -> None:
+        """Report a message of another user: once, with its time if sent on this machine; but no history."""
+        tag = STAMPED_TAG.search(payload)
+        if tag is None or tag[1].decode() == self._identity or tag[0] in seen:
+            return
+        seen[tag[0]] = None
+        if len(seen) > 1000:
+            del seen[next(iter(seen))]
+        age = (arrived * 1e5 - int(tag[2], 16)) % 2**32 / 100 if tag[3].decode() == MACHINE else None
+        if age is None or age <= (arrived - self._connected_at) * 1000:
+            gevent.spawn(self._report, "delivery", age, len(payload))  # a listener may block
 
     def _on_loss(self, error: Exception) -> None:
         """Tell the waiting user, who then closes the connection; close it here where none waits."""
         if self._busy and self._outcome is None:
             self._watcher.stop()
-            self._settle(error)
+            self.settle(error)
         else:
             self._drop()
-            gevent.spawn(self._report, "disconnect", 0, 0, 0, error)  # a listener may block
+            gevent.spawn(self._report, "disconnect", 0, 0, error)  # a listener may block
 
-    def expire(self) -> None:
-        """End the exchange in flight, as its deadline has passed."""
-        if self._awaited is not None:
-            self._settle(EchoTimeout())
-
-    def _settle(self, outcome: bytes | Exception, arrived: float | None = None) -> None:
-        """Wake the waiting user, but only after all other connections that are ready now have been read."""
+    def settle(self, outcome: bytes | Exception, arrived: float | None = None) -> None:
+        """End the exchange in flight: wake its user, after all other connections that are ready now have been read."""
         self._awaited, self._outcome = None, outcome
         self._arrived = perf_counter() if arrived is None else arrived
         if not READY:
@@ -456,36 +441,39 @@ class TCPChatUser(User):
     """A user with a chat connection, ``self.client``. An option that is given wins over the attribute of the class."""
 
     abstract = True
-
     framing: str | Callable[[], Framing] = "line"
     """``line``, ``raw``, a ``struct`` format of a length prefix, or a factory of :class:`Framing`."""
     echo: EchoMode = "full"
     """What counts as the echo: ``full``, ``tag``, ``any`` or ``none``."""
     timeout: float = 5.0
     """Seconds for connecting, and for one exchange."""
+    tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    """Makes what ``tls://`` connections share: the trusted authorities, the client's certificate, and so on."""
     wait_time = between(1, 3)
     """Seconds between two messages."""
     compose = staticmethod(TCPSocketClient.compose)
     """Return the text to send for a tag and a message; override this method for another protocol."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: env.Environment) -> None:
         super().__init__(environment)
         wait = getattr(environment.parsed_options, "chat_wait", None)
         try:
             self.client = self.new_client(environment, compose=self.compose, on_connect=self.on_connect)
             if wait:
-                seconds = sorted(map(float, checked(wait, "chat-wait").split("-")))
+                seconds = sorted(map(float, wait.split("-")))
                 self.wait_time = functools.partial(random.uniform, seconds[0], seconds[-1])  # type: ignore[method-assign]
-        except ValueError as error:  # typed into the web UI: there it shows up as a failed connect
+        except (OSError, ValueError) as error:  # typed into the web UI: there it shows up as a failed connect
             self.client = TCPSocketClient("", 0, environment.events.request)
             self.client.fault = error
 
     @classmethod
-    def new_client(cls, environment: Environment, **hooks: Any) -> TCPSocketClient:
+    def new_client(cls, environment: env.Environment, **hooks: Any) -> TCPSocketClient:
         """Return a client as the given options say, else the class; raise ``ValueError`` where they are wrong."""
-        given = vars(environment.parsed_options) if environment.parsed_options else {}
-        host, port = parse_address(environment.host or cls.host, given.get("tcp_port"))
-        settings = {name: given.get(f"chat_{name}") or getattr(cls, name) for name in ("framing", "echo", "timeout")}
+        options = vars(environment.parsed_options) if environment.parsed_options else {}
+        given = {name: checked(value, name) for name in OPTIONS if (value := options.get(name.replace("-", "_")))}
+        host, port, tls = parse_address(environment.host or cls.host, given.get("tcp-port"))
+        settings: Any = {key: given.get(f"chat-{key}") or getattr(cls, key) for key in ("framing", "echo", "timeout")}
+        hooks |= {"tls": cls.tls_context if tls else None, "delivery": options.get("chat_delivery", False)}
         return TCPSocketClient(host, port, environment.events.request, **settings, **hooks)
 
     def on_connect(self) -> None:
@@ -534,47 +522,64 @@ class ChatClient(TCPChatUser):
 
 def bucket_response_time(milliseconds: float, otherwise: Callable[[float], int] = stats.bucket_response_time) -> float:
     """Keep two significant digits below 10 ms, where Locust counts whole ms ("Customizing response time bucketing")."""
-    if milliseconds >= 10:
-        return otherwise(milliseconds)
     steps = 10 if milliseconds >= 1 else 100 if milliseconds >= 0.1 else 1000
-    return int(milliseconds * steps + 0.5) / steps
+    return otherwise(milliseconds) if milliseconds >= 10 else int(milliseconds * steps + 0.5) / steps
 
 
 stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]
 
 
 @events.init_command_line_parser.add_listener
-def add_options(parser: LocustArgumentParser) -> None:
+def add_options(parser: argument_parser.LocustArgumentParser) -> None:
     """Add this file's options to Locust's. Values stay text, as in the web form, and empty means not given."""
     for option, (_, meaning, instead) in OPTIONS.items():
         check = functools.partial(lambda text, option: text and checked(text, option), option=option)
         name, value = option.upper().replace("-", "_"), f"<{option.rpartition('-')[2]}>"
         parser.add_argument(f"--{option}", metavar=value, env_var=name, type=check, help=f"{meaning}: {instead}")
+    parser.add_argument("--chat-delivery", action="store_true", env_var="CHAT_DELIVERY", help="Time messages of others")
     served = f"Serve a built-in echo chat server on --host ({DEFAULT_HOST}:{DEFAULT_PORT} if none) during the test"
     parser.add_argument("--echo-server", action="store_true", include_in_web_ui=False, help=served)
 
 
 @events.init.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
+def prepare(environment: env.Environment, **_: Any) -> None:
     """Start the echo server if asked for, and end Locust with one line where a setting is wrong."""
     options: Any = environment.parsed_options
-    if options is None or isinstance(environment.runner, WorkerRunner):  # what a worker needs comes from its master
+    if options is None or isinstance(environment.runner, runners.WorkerRunner):  # a worker asks its master
         return
+    environment.events.quitting.add_listener(judge)
     try:
         if options.echo_server:
-            server = start_echo_server(environment)
-            environment.events.quitting.add_listener(lambda **_: server.stop())
+            start_echo_server(environment)
         for user_class in environment.user_classes:
             due = environment.host or user_class.host or options.headless or options.autostart
             if due and issubclass(user_class, TCPChatUser):
                 user_class.new_client(environment)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         for worker in psutil.Process().children() if options.processes else ():
             worker.kill()  # Locust has forked it already, and it would wait for its master in vain
         sys.exit(f"locust: error: {error}")
 
 
-def start_echo_server(environment: Environment) -> StreamServer:
+def judge(environment: Any, **_: Any) -> None:
+    """Set the exit code where a limit was given, and say in one line how echoes and failed connects compare with it."""
+    options, nothing = environment.parsed_options, stats.StatsEntry(environment.stats, "", "")
+    echoes, connects = (environment.stats.entries.get((name, "TCP"), nothing) for name in ("echo_response", "connect"))
+    failures, tries = echoes.num_failures + connects.num_failures, echoes.num_requests + connects.num_failures
+    ratio = ("fail ratio", failures / max(1, tries), options.chat_max_fail_ratio)
+    p95 = ("95th percentile in ms", echoes.get_response_time_percentile(0.95), options.chat_max_p95)
+    if limits := [row for row in (ratio, p95) if row[2]]:
+        held = tries > failures and all(figure <= float(limit) for _, figure, limit in limits)
+        texts = ", ".join(f"{what} {figure:.4g} (limit {limit})" for what, figure, limit in limits)
+        print(
+            f"locust: verdict {'passed' if held else 'failed'}: {texts}{'' if tries > failures else ', no echo came'}",
+            file=sys.stderr,
+        )
+        if not (held and environment.runner.exceptions):  # a mistake in a task is left to Locust's own rule
+            environment.process_exit_code = int(not held)
+
+
+def start_echo_server(environment: env.Environment) -> server.StreamServer:
     """Return a server that is listening on the host and sends every byte back, whatever the framing."""
 
     def echo(connection: socket.socket, _address: object) -> None:
@@ -584,57 +589,55 @@ def start_echo_server(environment: Environment) -> StreamServer:
 
     options: Any = environment.parsed_options
     environment.host = environment.host or f"{DEFAULT_HOST}:{options.tcp_port or DEFAULT_PORT}"
-    server = StreamServer(parse_address(environment.host, options.tcp_port), echo, backlog=1024)
-    try:
-        server.start()
-    except OSError as error:  # its text ends with the address
-        raise SettingError(environment.host, f"another host:port to serve on ({error.strerror})") from None
-    return server
+    host, port, tls = parse_address(environment.host, options.tcp_port)
+    if tls:
+        raise SettingError(environment.host, f"tcp://{host}:{port}: the built-in echo server has no TLS")
+    echo_server = server.StreamServer((host, port), echo, backlog=1024)
+    environment.events.quitting.add_listener(lambda **_: echo_server.stop())
+    echo_server.start()
+    return echo_server
 
 
-def send_five(environment: Environment) -> int:
+def send_five(environment: env.Environment) -> int:
     """Send five messages as ``ChatClient`` does and print a line for each; return 0 if all came back, else 1."""
-    client, round_trips = ChatClient(environment).client, list[float]()
-    latest: dict[str, tuple[float, int]] = {}
+    client, times = ChatClient(environment).client, list[float]()
+    row = "send_chat" if client.echo == "none" else "echo_response"
 
     @environment.events.request.add_listener
     def on_request(name: str, response_time: float, response_length: int, exception: object, **_: Any) -> None:
-        if exception is None:
-            latest[name] = response_time, response_length
-        else:
-            print(f"{name} failed after {response_time:.1f} ms: {exception}")
+        if exception is not None:
+            print(f"{name} failed after {response_time:.1f} ms: {exception!r}")
+        elif name == row:
+            times.append(response_time)
+            print(f"{response_length:5} bytes {response_time:9.3f} ms", end="  ")
 
-    for number, text in enumerate((*SHORT_TEXTS[:3], LONG_TEXTS[0], VERY_LONG_TEXTS[0]), 1):
-        latest.clear()
-        echoed = client.send_chat(text)
-        if echoed is not None or (client.echo == "none" and latest):
-            round_trips.append(latest["send_chat" if echoed is None else "echo_response"][0])
-            # Escaped, as a terminal would act on some characters that a server can send.
-            print(f"{number}/5  {latest['send_chat'][1]:4} bytes {round_trips[-1]:9.3f} ms  {(echoed or '')[:40]!r}")
+    for text in (*SHORT_TEXTS[:3], LONG_TEXTS[0], VERY_LONG_TEXTS[0]):
+        if (echoed := client.send_chat(text)) is not None or client.echo == "none":
+            print(repr((echoed or "")[:40]))  # escaped, as a terminal acts on some characters that a server can send
     client.close()
-    median = f", median {statistics.median(round_trips):.3f} ms" if round_trips else ""
-    print(f"{len(round_trips)} of 5 messages {'sent' if client.echo == 'none' else 'came back'}{median}")
-    return 0 if len(round_trips) == 5 else 1
+    median = f", median {sorted(times)[len(times) // 2]:.3f} ms" if times else ""
+    print(f"{len(times)} of 5 messages {'sent' if client.echo == 'none' else 'came back'}{median}")
+    return 0 if len(times) == 5 else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run without Locust's engine: five messages, or the echo server. Return the exit code."""
-    parser = LocustArgumentParser(description="Send five messages to a TCP chat server, or serve as one.")
+    parser = argument_parser.LocustArgumentParser(description="Send five messages to a TCP chat server, or be one.")
     parser.add_argument("host", nargs="?", default=DEFAULT_HOST, help=f"host or host:port (default {DEFAULT_HOST})")
     parser.add_argument("port", nargs="?", help=f"default TCP_PORT or {DEFAULT_PORT}")
     add_options(parser)
     options: Any = parser.parse_args(arguments)
     options.tcp_port = options.port or options.tcp_port or str(DEFAULT_PORT)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    environment = Environment(host=options.host, parsed_options=options, events=events)
+    environment = env.Environment(host=options.host, parsed_options=options, events=events)
     try:
         ChatClient.new_client(environment)
         if not options.echo_server:
             return send_five(environment)
-        server = start_echo_server(environment)
-        print(f"echo server on {server.server_host}:{server.server_port}, Ctrl-C ends it", flush=True)
-        server.serve_forever()
-    except ValueError as error:
+        echo_server = start_echo_server(environment)
+        print(f"echo server on {echo_server.server_host}:{echo_server.server_port}, Ctrl-C ends it", flush=True)
+        echo_server.serve_forever()
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130

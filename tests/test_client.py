@@ -867,7 +867,7 @@ def test_an_exchange_that_has_ended_waits_for_no_deadline(serve: Serve, connect:
     client = connect(serve(lambda connection: echo_after(connection, 0.05)).port, timeout=4.5)
     client.send_chat("hello")
     gevent.spawn(client.send_chat, "hello").kill()
-    assert not client._deadlines.exchanges
+    assert not client._exchanges
 
 
 def test_connect_when_connected_does_nothing(serve: Serve, connect: Connect, rows: Rows) -> None:

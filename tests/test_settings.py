@@ -35,7 +35,8 @@ LABEL = "x" * 64
     ],
 )
 def test_an_address_is_understood(host: str, port: str | None, address: tuple[str, int]) -> None:
-    assert parse_address(host, port) == address
+    assert parse_address(host, port) == (*address, False)
+    assert parse_address("tls://" + host.strip().removeprefix("tcp://"), port) == (*address, True)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,18 @@ def test_an_address_is_understood(host: str, port: str | None, address: tuple[st
         *("", None, " ", ":12345", "localhost", "localhost:", "localhost:0", "localhost:65536", "localhost:-1"),
         *("localhost:12345x", "localhost:٣", "localhost:1e3", "localhost:+1", "localhost:012345", "localhost: 12345"),
         *("http://localhost:12345", "https://localhost", "tcp:localhost:12345", "localhost:12345/", "a b:12345"),
-        *("tcp://", "tcp://tcp://a:1", "::1", "::1:12345", "[::1]", "[::1]12345", "[]:12345", "[localhost:12345"),
+        *(
+            "tcp://",
+            "tcp://tcp://a:1",
+            "tls://tcp://a:1",
+            "TLS://a:1",
+            "::1",
+            "::1:12345",
+            "[::1]",
+            "[::1]12345",
+            "[]:12345",
+            "[localhost:12345",
+        ),
         *("user@localhost:12345", "a..b:12345", f"{LABEL}:12345", "localhost:123456789", "a:1:2", "ftp://a:1"),
     ],
 )
@@ -134,7 +146,10 @@ def run(*arguments: str | Path, **variables: str) -> tuple[int, str]:
 
 
 WRONG = [
-    ("--host=localhost", "write localhost:12345, or give the port as --tcp-port or TCP_PORT"),
+    (
+        "--host=localhost",
+        "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345, or add --tcp-port",
+    ),
     ("--host=http://localhost:12345", "write host:port, such as localhost:12345"),
     ("--host=localhost:0", "write a port from 1 to 65535"),
     ("--host=localhost:65536", "write a port from 1 to 65535"),
@@ -147,12 +162,17 @@ WRONG = [
     ("--host=a:1 --chat-timeout=inf", "argument --chat-timeout: 'inf' will not do: write seconds above 0"),
     ("--host=a:1 --chat-wait=-1", "argument --chat-wait: expected one argument|'-1' will not do: write seconds"),
     ("--host=a:1 --chat-wait=soon", "argument --chat-wait: 'soon' will not do: write seconds"),
+    ("--host=a:1 --chat-max-p95=0", "argument --chat-max-p95: '0' will not do: write ms above 0"),
+    ("--host=a:1 --chat-max-fail-ratio=1.5", "argument --chat-max-fail-ratio: '1.5' will not do: write 0 to 1"),
     ("--host=a:1 --port=12345", "unrecognized arguments: --port=12345"),
     (
         "--host=192.0.2.1:5 --echo-server",
-        "will not do: write another host:port to serve on (Cannot assign requested address: ('192.0.2.1', 5))",
+        "Cannot assign requested address: ('192.0.2.1', 5)",
     ),
-    ("--host=localhost --processes=2", "write localhost:12345, or give the port as --tcp-port or TCP_PORT"),
+    (
+        "--host=localhost --processes=2",
+        "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345, or add --tcp-port",
+    ),
 ]
 
 
@@ -167,7 +187,9 @@ def test_bad_input_ends_locust_with_one_line_before_any_user_starts(arguments: s
     assert len([text for text in output.splitlines() if "Did you mean" not in text]) == 1
 
 
-@pytest.mark.parametrize("variable", ["TCP_PORT", "CHAT_FRAMING", "CHAT_ECHO", "CHAT_TIMEOUT", "CHAT_WAIT"])
+@pytest.mark.parametrize(
+    "variable", ["TCP_PORT", "CHAT_FRAMING", "CHAT_ECHO", "CHAT_TIMEOUT", "CHAT_WAIT", "CHAT_MAX_P95"]
+)
 def test_a_wrong_environment_variable_is_one_line(variable: str) -> None:
     code, output = run(*LOCUST, "--headless", "--host=a", **{variable: "wrong"})
     assert code != 0
@@ -179,7 +201,7 @@ def test_the_port_of_the_echo_server_is_taken_is_one_line() -> None:
     code, output = run(*LOCUST, "--headless", "--echo-server", f"--host={server.address}")
     server.stop()
     assert code != 0
-    assert "write another host:port to serve on (Address already in use" in output
+    assert "Address already in use: ('127.0.0.1', " in output
     assert len(output.splitlines()) == 1
 
 
@@ -188,12 +210,13 @@ STANDALONE_WRONG = [
     ("localhost x", "write a port from 1 to 65535"),
     ("localhost:99999", "write a port from 1 to 65535"),
     ("http://localhost 1", "write host:port, such as localhost:12345"),
+    ("--echo-server tls://localhost:1", "write tcp://localhost:1: the built-in echo server has no TLS"),
     ("localhost 1 2", "unrecognized arguments: 2"),
     ("--chat-timeout=x", "'x' will not do: write seconds above 0"),
     ("--nonsense", "unrecognized arguments: --nonsense"),
     (
         "--echo-server 192.0.2.1 5",
-        "will not do: write another host:port to serve on (Cannot assign requested address: ('192.0.2.1', 5))",
+        "Cannot assign requested address: ('192.0.2.1', 5)",
     ),
 ]
 
