@@ -297,7 +297,7 @@ class TCPSocketClient:
             all(self._socket and self._on_readable() for _ in range(64))
         if self._socket is None and (self._greeting or not self.connect()):
             return None
-        if mode in ("full", "tag") or (self._seen is not None and mode == "none"):
+        if mode in ("full", "tag") or (mode == "none" and self._seen is not None and message[:1] != "/"):
             self._messages += 1
             tag = f"{self._identity}.{self._messages}"
             self._tag = tag.encode()

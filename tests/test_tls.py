@@ -1,0 +1,369 @@
+"""``tls://``: real certificates, real handshakes, and all the rest as without TLS."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gevent
+import pytest
+from conftest import LOCUST, STANDALONE, Handler, Program, Rows, Server, echo, free_port, lines, program, wait_until
+from gevent.server import StreamServer
+from locust.env import Environment
+from test_command import quiet, rows_of
+
+import locustfile
+from locustfile import ChatClient, TCPSocketClient
+
+Serve = Callable[..., Server]
+Connect = Callable[..., TCPSocketClient]
+Start = Callable[..., Program]
+
+NEW_KEY = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+SIGN = "openssl x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy"
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an authority (ca.pem) and what it has signed: good, for one name alone, and expired."""
+    program("openssl")
+    folder = tmp_path_factory.mktemp("certificates")
+    for command in (
+        f"{NEW_KEY} -x509 -keyout ca.key -out ca.pem -days 2 -subj /CN=authority",
+        f"{NEW_KEY} -keyout key.pem -out good.csr -subj /CN=a -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1",
+        "openssl req -new -key key.pem -out other.csr -subj /CN=b -addext subjectAltName=DNS:localhost",
+        f"{SIGN} -in good.csr -days 2 -out good.pem",
+        f"{SIGN} -in good.csr -days -1 -out expired.pem",
+        f"{SIGN} -in other.csr -days 2 -out other.pem",
+    ):
+        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def trusting(certificates: Path) -> Callable[[], ssl.SSLContext]:
+    """Return a factory of contexts that trust the authority."""
+    return lambda: ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+
+
+@pytest.fixture
+def identity(certificates: Path) -> ssl.SSLContext:
+    """Return the context of a server with the good certificate."""
+    return server_context(certificates, "good.pem")
+
+
+def server_context(certificates: Path, name: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / name, certificates / "key.pem")
+    return context
+
+
+def secure(handler: Callable[[ssl.SSLSocket], object], context: ssl.SSLContext) -> Handler:
+    """Return a handler that shakes hands, and then does what the other one does."""
+
+    def handle(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True, suppress_ragged_eofs=False) as wrapped:
+            handler(wrapped)
+
+    return handle
+
+
+def connected(connect: Connect, server: Server, trusting: Any, **settings: Any) -> TCPSocketClient:
+    client = connect(server.port, tls=trusting, **settings)
+    assert client.connect()
+    return client
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("framing", ["line", ">I", "raw"])
+def test_a_message_is_echoed(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any, version: Any, framing: str
+) -> None:
+    identity.maximum_version = version
+    client = connect(serve(secure(echo, identity)).port, tls=trusting, framing=framing)
+    assert str(client.send_chat("안녕하세요 👋")).endswith("안녕하세요 👋")
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+
+
+def test_the_handshake_counts_into_connect(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    def server(connection: socket.socket) -> None:
+        gevent.sleep(0.1)
+        secure(echo, identity)(connection)
+
+    connected(connect, serve(server), trusting)
+    assert 100 <= rows.named("connect")[0]["response_time"] < 3000
+
+
+def test_an_echo_in_records_of_one_byte_is_put_together(
+    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    def server(connection: ssl.SSLSocket) -> None:
+        while data := connection.recv(65536):
+            for position in range(len(data)):
+                connection.sendall(data[position : position + 1])
+
+    client = connect(serve(secure(server, identity)).port, tls=trusting)
+    assert client.send_chat("hello") is not None and client.send_chat("hello again") is not None
+
+
+def test_many_messages_in_one_record_are_told_apart(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    def server(connection: ssl.SSLSocket) -> None:
+        connection.sendall(b"welcome\n" * 20)  # in the wake of the handshake
+        for line in lines(connection):
+            connection.sendall(b"<bob> hi\n" * 50 + line + b"\n<bob> bye\n")
+
+    client = connect(serve(secure(server, identity)).port, tls=trusting)
+    for _ in range(5):
+        assert str(client.send_chat("hello")).endswith("hello")
+    assert rows.counts()["echo_response"] == 5
+
+
+def test_a_message_longer_than_a_record_and_than_the_buffers_of_the_kernel_passes(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    def server(connection: ssl.SSLSocket) -> None:
+        prefix = connection.recv(4)
+        length, received = struct.unpack(">I", prefix)[0], bytearray()
+        gevent.sleep(0.2)  # until the client cannot send any more
+        while len(received) < length:
+            received += connection.recv(65536)
+        connection.sendall(prefix + received)
+
+    client = connect(serve(secure(server, identity)).port, tls=trusting, framing=">I")
+    text = "x" * (1024 * 1024 - 100)
+    assert str(client.send_chat(text)).endswith(text)
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+
+
+def test_a_server_that_does_not_read_is_a_failed_send_within_the_timeout(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    server = serve(secure(lambda connection: gevent.sleep(10), identity))
+    client = connected(connect, server, trusting, timeout=0.5, framing=">I")
+    assert client.send_chat("x" * 20_000_000) is None
+    assert rows.counts() == {"connect": 1, "send_chat: TimeoutError": 1}
+    assert 500 <= rows.named("send_chat")[0]["response_time"] < 3000
+
+
+def test_a_late_echo_is_a_timeout_and_is_not_taken_for_the_next(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    def server(connection: ssl.SSLSocket) -> None:
+        for number, line in enumerate(lines(connection)):
+            gevent.sleep(0 if number else 0.4)
+            connection.sendall(line + b"\n")
+
+    client = connect(serve(secure(server, identity)).port, tls=trusting, timeout=0.3)
+    assert client.send_chat("first") is None
+    assert str(client.send_chat("second")).endswith("second")
+    assert rows.counts() == {"connect": 1, "send_chat": 2, "echo_response": 1, "echo_response: EchoTimeout": 1}
+
+
+def test_what_has_come_before_the_send_is_not_the_answer_also_in_several_records(
+    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    sent = []
+
+    def server(connection: ssl.SSLSocket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else the news come later
+        for _ in range(10):
+            connection.sendall(b"news\n")
+        sent.append(True)
+        for _ in lines(connection):
+            connection.sendall(b"answer\n")
+
+    client = connected(connect, serve(secure(server, identity)), trusting, echo="any")
+    client._watcher.stop()  # as if nobody had found the time to read
+    wait_until(lambda: sent)
+    client._watcher.start(client._on_readable)
+    assert client.send_chat("hello") == "answer"
+
+
+def test_a_connection_that_the_server_closes_while_idle_is_a_disconnect(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    connected(connect, serve(secure(lambda connection: connection.unwrap(), identity)), trusting)
+    wait_until(lambda: rows.named("disconnect"))
+    assert rows.counts() == {"connect": 1, "disconnect: ConnectionClosed": 1}
+
+
+def test_a_connection_that_is_cut_while_an_echo_is_awaited_fails_it_at_once(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    client = connect(serve(secure(lambda connection: connection.recv(1), identity)).port, tls=trusting)
+    assert client.send_chat("hello") is None
+    assert rows.counts()["echo_response: ConnectionClosed"] + rows.counts()["echo_response: ConnectionResetError"] == 1
+
+
+def test_the_server_is_told_of_the_end(serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any) -> None:
+    ends: list[object] = []
+
+    def server(connection: ssl.SSLSocket) -> None:
+        try:
+            ends.append(connection.recv(1))
+        except ssl.SSLError as error:  # an end without "close_notify" could be an attacker's
+            ends.append(error)
+
+    connected(connect, serve(secure(server, identity)), trusting).close()
+    wait_until(lambda: ends)
+    assert ends == [b""]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("other.pem", "IP address mismatch"), ("expired.pem", "certificate has expired")],
+)
+def test_a_certificate_that_is_not_valid_is_a_failed_connect(
+    serve: Serve, connect: Connect, rows: Rows, certificates: Path, trusting: Any, name: str, reason: str
+) -> None:
+    server = serve(secure(echo, server_context(certificates, name)))
+    client = connect(server.port, tls=trusting)
+    assert client.send_chat("hello") is None and client.send_chat("hello") is None
+    assert rows.counts() == {"connect: SSLCertVerificationError": 2}
+    texts = {repr(row["exception"]) for row in rows}
+    assert len(texts) == 1 and re.search(reason, texts.pop())
+    wait_until(lambda: server.open == 0)
+
+
+def test_an_authority_that_the_system_does_not_know_is_a_failed_connect(
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext
+) -> None:
+    assert not connect(serve(secure(echo, identity)).port, tls=ssl.create_default_context).connect()
+    assert "certificate verify failed" in repr(rows[0]["exception"])
+
+
+@pytest.mark.parametrize("ending", ["close", "reset", "garbage"])
+def test_a_handshake_that_breaks_off_is_a_failed_connect(
+    serve: Serve, connect: Connect, rows: Rows, trusting: Any, ending: str
+) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.recv(100)
+        if ending == "garbage":
+            connection.sendall(b"\x1b[31mHTTP/1.1 400 Bad Request secret\r\n\r\n")
+        if ending == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+
+    client = connect(serve(server).port, tls=trusting)
+    assert not client.connect() and not client.connect()
+    assert len({repr(row["exception"]) for row in rows}) == 1
+    assert [row["name"] for row in rows] == ["connect"] * 2
+    assert "secret" not in repr(rows[0]["exception"]) and "\x1b" not in repr(rows[0]["exception"])
+
+
+def test_a_handshake_that_never_ends_is_a_failed_connect_within_the_timeout(
+    serve: Serve, connect: Connect, rows: Rows, trusting: Any
+) -> None:
+    server = serve(lambda connection: [None for _ in lines(connection)])
+    assert not connect(server.port, tls=trusting, timeout=0.3).connect()
+    assert 300 <= rows[0]["response_time"] < 2000
+    assert repr(rows[0]["exception"]) == "TimeoutError('no connection within the time-out')"
+    wait_until(lambda: server.open == 0)  # nothing is left open
+
+
+def test_the_server_name_is_indicated(serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any) -> None:
+    names: list[object] = []
+    identity.sni_callback = lambda _socket, name, _context: names.append(name)
+    assert connect(serve(secure(echo, identity)).port, host="localhost", tls=trusting).connect()
+    assert names == ["localhost"]
+
+
+def test_ipv6_and_its_address_in_the_certificate(
+    connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    server = StreamServer(("::1", 0), lambda connection, _: secure(echo, identity)(connection))
+    try:
+        server.start()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    assert connect(server.server_port, host="::1", tls=trusting).send_chat("hello") is not None
+    server.stop()
+
+
+class SecureChat(ChatClient):
+    """Users with a context of their own."""
+
+    contexts = 0
+
+    @staticmethod
+    def tls_context() -> ssl.SSLContext:
+        SecureChat.contexts += 1
+        return ssl.create_default_context(cafile=str(SecureChat.authority))
+
+    authority = Path()
+
+
+def test_a_context_of_the_users_own_is_made_once_and_used_for_tls_alone(
+    serve: Serve, certificates: Path, identity: ssl.SSLContext
+) -> None:
+    SecureChat.authority = certificates / "ca.pem"
+    server = serve(secure(echo, identity))
+    environment = Environment(user_classes=[SecureChat], host=f"tls://localhost:{server.port}")
+    users = [SecureChat(environment) for _ in range(3)]
+    assert all(user.client.send_chat("hello") for user in users)
+    assert SecureChat.contexts == 1
+    for user in users:
+        user.client.close()
+    assert SecureChat(Environment(host=f"localhost:{server.port}")).client._tls is None
+
+
+def test_a_context_that_cannot_be_made_is_a_failed_connect_that_says_why(rows: Rows) -> None:
+    class Wrong(ChatClient):
+        """Its certificate is missing."""
+
+        tls_context = staticmethod(lambda: ssl.create_default_context(cafile="/nowhere/ca.pem"))
+
+    environment = Environment(host="tls://localhost:1")
+    environment.events.request.add_listener(lambda **row: rows.append(row))
+    assert not Wrong(environment).client.connect()
+    assert "No such file" in repr(rows[0]["exception"])
+
+
+def test_a_client_certificate_can_be_given(
+    serve: Serve, connect: Connect, rows: Rows, certificates: Path, identity: ssl.SSLContext, trusting: Any
+) -> None:
+    identity.verify_mode = ssl.CERT_REQUIRED
+    identity.load_verify_locations(certificates / "ca.pem")
+    server = serve(secure(echo, identity))
+
+    def with_certificate() -> ssl.SSLContext:
+        context: ssl.SSLContext = trusting()
+        context.load_cert_chain(certificates / "good.pem", certificates / "key.pem")
+        return context
+
+    assert connect(server.port, tls=with_certificate).send_chat("hello") is not None
+    assert connect(server.port, tls=trusting, timeout=1).send_chat("hello") is None
+    assert any(row["exception"] for row in rows)
+
+
+def test_the_command_and_the_standalone_mode_load_a_real_tls_server_of_an_authority_in_ssl_cert_file(
+    start: Start, certificates: Path
+) -> None:
+    port = str(free_port())
+    files = f"cert={certificates}/good.pem,key={certificates}/key.pem,verify=0"
+    listen = f"OPENSSL-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=50,{files}"
+    start(program("socat"), "-d", "-d", listen, "PIPE").prints("istening on")
+    host, trust = f"tls://localhost:{port}", {"SSL_CERT_FILE": str(certificates / "ca.pem")}
+    standalone = start(*STANDALONE, host, **trust)
+    assert standalone.ends() == 0 and "5 of 5 messages came back" in standalone.output
+    untrusted = start(*STANDALONE, host)
+    assert untrusted.ends() == 1 and "certificate verify failed" in untrusted.output
+    running = start(*LOCUST, *f"--headless -u 5 -r 5 -t 2s --chat-wait=0.1 --host={host}".split(), **trust)
+    assert running.ends() == 0
+    rows = rows_of(running.output)
+    assert rows["connect"] == (5, 0) and rows["echo_response"][0] > 15 and rows["echo_response"][1] == 0
+    assert quiet(running.output)
+
+
+def test_the_context_of_the_system_is_the_default() -> None:
+    assert locustfile.TCPChatUser.tls_context is ssl.create_default_context
