@@ -1,6 +1,7 @@
 """The server of the benchmarks where no C compiler is: the modes, questions and answers of ``echo_server.c``.
 
     python echo_server.py echo | delay MS | room MS | drop N
+    python echo_server.py tls                        as echo, with the certificate and key in the file CERTIFICATE
 
 It costs more processor time than the generators it serves, so that throughputs against it show its own limit.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import ssl
 import sys
 from functools import partial
 
@@ -85,7 +88,11 @@ class Connection(asyncio.Protocol):
 async def serve(mode: str, argument: int) -> None:
     """Listen on a free port of 127.0.0.1, print it, and answer questions until the end of the standard input."""
     loop, server = asyncio.get_running_loop(), Server(mode, argument)
-    listener = await loop.create_server(partial(Connection, server), "127.0.0.1", 0, backlog=4096)
+    context = None
+    if mode == "tls":
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(os.environ["CERTIFICATE"])
+    listener = await loop.create_server(partial(Connection, server), "127.0.0.1", 0, backlog=4096, ssl=context)
     print(listener.sockets[0].getsockname()[1], flush=True)
     while await loop.run_in_executor(None, sys.stdin.readline):
         print(server.counters(), flush=True)

@@ -145,11 +145,20 @@ def processor_seconds(pid: int) -> tuple[float, float]:
 
 
 class Server:
-    """An echo server in a process of its own; ``echo_server.c`` describes the modes."""
+    """An echo server in a process of its own; ``echo_server.c`` describes the modes.
 
-    def __init__(self, bench: Bench, mode: str, argument: int = 0) -> None:
-        command = [*bench.server_command, mode, str(argument)]
-        self.process = bench.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    :param python: take ``echo_server.py``, which can do TLS
+    :param environment: variables to set besides the ones that there are
+    """
+
+    def __init__(self, bench: Bench, mode: str, argument: int = 0, python: bool = False, **environment: str) -> None:
+        program = [sys.executable, str(FOLDER / "echo_server.py")] if python else bench.server_command
+        settings: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "env": os.environ | environment,
+        }
+        self.process = bench.start([*program, mode, str(argument)], **settings)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._questions, self._answers = self.process.stdin, self.process.stdout
         self.port = int(self._answers.readline())

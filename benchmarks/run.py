@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -332,6 +333,53 @@ def room(bench: Bench) -> list[Row]:
     ]
 
 
+def tls(bench: Bench) -> list[Row]:
+    """Messages for a second of the generator's processor time with TLS, over those without; 100 users without a pause,
+    both against the Python server, as the other has no TLS."""
+    what, openssl = "messages for a second of processor time with TLS, over those without", shutil.which("openssl")
+    if openssl is None:
+        return [Row(what, "left out: no openssl to make a certificate with")]
+    file = bench.new_file()
+    command = f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=benchmark"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "-", "-out", "-"]
+    file.write_bytes(subprocess.run([*command.split(), *names], capture_output=True, check=True).stdout)
+    windows: dict[str, list[Window]] = {"with": [], "without": []}
+    for _ in range(bench.rounds):
+        server = Server(bench, "tls", python=True, CERTIFICATE=str(file))
+        server.host = f"tls://{server.host}"
+        secure = ours(bench, 100, server, SSL_CERT_FILE=str(file))
+        plain = ours(bench, 100, Server(bench, "echo", python=True))
+        measured = watch_in_turn({"with": secure, "without": plain}, bench.turns, 0.8)
+        for name in windows:
+            windows[name] += measured[name]
+        secure.finish_clean()
+        plain.finish_clean()
+    figure, pairs = ratios(windows["without"], windows["with"], lambda window: window.cost)
+    absolute = " to ".join(f"{median(costs(each)):.1f}" for each in windows.values())
+    return [Row(what, figure, details=f"{absolute} µs a message; {pairs}")]
+
+
+def delivery(bench: Bench) -> list[Row]:
+    """What --chat-delivery adds to the generator's processor time for each message of another user that arrives: a room
+    of 50 users, with the option and without; and Locust's share of it, that is, what one event costs."""
+    users, windows = 50, dict[str, list[Window]](with_it=[], without=[])
+    for _ in range(bench.rounds):
+        for name, wanted in {"with_it": "true", "without": "false"}.items():
+            locust = ours(bench, users, Server(bench, "room"), "0.15-0.35", CHAT_DELIVERY=wanted)
+            locust.wait_until_steady()
+            windows[name].append(watch({name: locust}, 8)[name])
+            locust.finish_clean()
+    whole, reading = (median(each.cost for each in measured) / (users - 1) for measured in windows.values())
+    events = [subprocess.check_output([sys.executable, "benchmarks/event.py"], text=True) for _ in range(bench.rounds)]
+    event = median(map(float, events))
+    deliveries = f"{median(rates(windows['with_it'])) * (users - 1):,.0f} deliveries/s"
+    parts = (
+        f"with it {whole:.1f} µs, without {reading:.1f} µs; one event of Locust {event:.1f} µs ({event / whole:.0%})"
+    )
+    what = "processor time that --chat-delivery adds for a message that arrives"
+    return [Row(what, f"{whole - reading:.1f} µs", details=f"{deliveries}; {parts}")]
+
+
 def soak(bench: Bench, minutes: float) -> list[Row]:
     """What a long run holds at the beginning and at the end of its steady part: resident memory, open files, sockets;
     and the same where the server closes each connection after 20 messages. Both run at the same time."""
@@ -375,6 +423,8 @@ COMPARISONS: dict[str, Callable[[Bench], list[Row]]] = {
     "capacity": capacity,
     "latency": latency,
     "room": room,
+    "delivery": delivery,
+    "tls": tls,
 }
 
 
