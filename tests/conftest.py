@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import gevent
 import gevent.os
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from locustfile import TCPSocketClient  # noqa: E402
 
 Handler = Callable[[socket.socket], None]
+Started = TypeVar("Started")
 
 
 def lines(connection: socket.socket) -> Iterator[bytes]:
@@ -203,6 +204,27 @@ class Program:
             os.killpg(self.process.pid, 9)
             self.process.wait()
         self._reader.kill()
+
+
+class Ahead(Generic[Started]):
+    """What the parametrised tests of a module start in turn. The next two are started already while a test looks at
+    one, as starting a program takes longer than the test itself.
+
+    :param launch: starts what belongs to a parameter
+    :param parameters: in the order of the tests
+    """
+
+    def __init__(self, launch: Callable[[Any], Started], parameters: Iterable[Any]) -> None:
+        self._launch, self._parameters = launch, list(parameters)
+        self.started: dict[int, Started] = {}
+
+    def __getitem__(self, parameter: object) -> Started:
+        """Return what was started for a parameter."""
+        first = self._parameters.index(parameter)
+        for number in range(first, min(first + 3, len(self._parameters))):
+            if number not in self.started:
+                self.started[number] = self._launch(self._parameters[number])
+        return self.started[first]
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from conftest import LOCUST, ROOT, Program, Server, echo, free_port, wait_until
+from conftest import LOCUST, ROOT, Ahead, Program, Server, echo, free_port, wait_until
 from test_command import quiet, rows_of
+from test_delivery import Room
 
 Start = Callable[..., Program]
 Serve = Callable[..., Server]
@@ -22,6 +24,12 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 IN_TABLES = [line.strip("`") for line in re.findall(r"`(?:locust|python) [^`]*`", README) if "--host" in line]
 COMMANDS = [block.strip() for block in BLOCKS] + IN_TABLES
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def example(name: str) -> str:
+    """Return the Python example that defines a name."""
+    return next(str(code) for code in PYTHON if name in code)
+
 
 SHORTER = {"10s": "3s", "1m": "2s", "5m": "2s", "10m": "2s", "8h": "2s"}
 
@@ -34,35 +42,62 @@ def shortened(command: str, port: int) -> str:
 
 
 def test_the_readme_has_the_commands_that_it_is_to_have() -> None:
-    assert len(BLOCKS) == 10 and len(IN_TABLES) == 4 and len(PYTHON) == 2
+    assert len(BLOCKS) == 13 and len(IN_TABLES) == 8 and len(PYTHON) == 3
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--headless" in c and "--master" not in c])
-def test_a_headless_command_ends_by_itself_with_code_0(
-    start: Start, serve: Serve, tmp_path: Path, command: str
-) -> None:
-    port = free_port() if "--echo-server" in command else serve(echo).port
-    for name in ("locustfile.py", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    bus = str(free_port())
-    line = shortened(command.rpartition("&& ")[2].replace(".venv/bin/", ""), port)
-    running = start(
-        *("bash", "-euo", "pipefail", "-c", line),
-        cwd=tmp_path,
-        PATH=f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}",
-        LOCUST_MASTER_BIND_PORT=bus,
-        LOCUST_MASTER_NODE_PORT=bus,
-        **({"TCP_PORT": str(port)} if "--echo-server" in command else {}),
-    )
-    assert running.ends(60) == 0
-    rows = rows_of(running.output)
-    assert {"connect", "send_chat", "echo_response"} == set(rows)
-    assert all(requests > 0 and failures == 0 for requests, failures in rows.values())
-    assert quiet(running.output)
+HEADLESS = [c for c in COMMANDS if "--headless" in c and "--master" not in c and "tls://" not in c]
+
+
+class Run(NamedTuple):
+    """A command under way."""
+
+    program: Program
+    folder: Path
+    server: Server | None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead[Run]]:
+    """Start the commands that end by themselves, each in a folder and against a server of its own."""
+
+    def launch(command: str) -> Run:
+        handler = Room() if "--chat-delivery" in command else echo
+        folder, server = tmp_path_factory.mktemp("run"), None if "--echo-server" in command else Server(handler)
+        port, bus = server.port if server else free_port(), str(free_port())
+        for name in ("locustfile.py", "requirements.txt"):
+            shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "examples", folder / "examples")
+        line = shortened(command.rpartition("&& ")[2].replace(".venv/bin/", ""), port)
+        variables = {"PATH": f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"}
+        variables |= {"LOCUST_MASTER_BIND_PORT": bus, "LOCUST_MASTER_NODE_PORT": bus}
+        variables |= {"CAPACITY_STEP_TIME": "1", "CAPACITY_MAX_USERS": "20"}
+        variables |= {} if server else {"TCP_PORT": str(port)}
+        return Run(Program("bash", "-euo", "pipefail", "-c", line, cwd=folder, **variables), folder, server)
+
+    ahead = Ahead(launch, HEADLESS)
+    yield ahead
+    for run in ahead.started.values():
+        run.program.kill()
+        if run.server:
+            run.server.stop()
+
+
+@pytest.mark.parametrize("command", HEADLESS)
+def test_a_headless_command_ends_by_itself_with_code_0(runs: Ahead[Run], command: str) -> None:
+    program, folder, server = runs[command]
+    assert program.ends(90) == 0, program.output
+    assert server is None or server.opened > 0
+    assert quiet(program.output)
+    rows = rows_of(program.output)
+    if "examples/" not in command:
+        assert set(rows) - {"delivery"} == {"connect", "send_chat", "echo_response"}
+        assert ("delivery" in rows) == ("--chat-delivery" in command)
+        assert all(requests > 0 and failures == 0 for requests, failures in rows.values())
     for report in re.findall(r"--html=(\S+)", command):
-        assert (tmp_path / report).stat().st_size > 10_000
+        assert (folder / report).stat().st_size > 10_000
     for prefix in re.findall(r"--csv=(\S+)", command):
-        assert (tmp_path / f"{prefix}_stats_history.csv").exists()
+        assert (folder / f"{prefix}_stats_history.csv").exists()
+    assert ("verdict passed" in program.output) == ("--chat-max" in command)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "locust " in c and not re.search("--headless|--worker", c)])
@@ -128,7 +163,7 @@ def test_the_scenario_of_the_readme_works_in_the_file(start: Start, serve: Serve
             connection.sendall(b"as you wish\n" if line.startswith(b"/") else line + b"\n")  # type: ignore[attr-defined]
 
     source = (ROOT / "locustfile.py").read_text(encoding="utf-8")
-    method = "".join(f"    {line}\n" for line in PYTHON[0].splitlines())
+    method = "".join(f"    {line}\n" for line in example("special_command").splitlines())
     marker = "    @task(1)\n"
     assert source.count(marker) == 1
     (tmp_path / "locustfile.py").write_text(source.replace(marker, f"{method}\n{marker}"), encoding="utf-8")
@@ -151,7 +186,7 @@ def test_the_protocol_example_of_the_readme_works(start: Start, serve: Serve, tm
                 messages.append(payload)
                 connection.sendall(framing.encode(b'{"ok": true, "echo": ' + payload + b"}"))  # type: ignore[attr-defined]
 
-    (tmp_path / "json_chat.py").write_text(PYTHON[1], encoding="utf-8")
+    (tmp_path / "json_chat.py").write_text(example("JsonChat"), encoding="utf-8")
     shutil.copy(ROOT / "locustfile.py", tmp_path)
     running = start(
         *(
@@ -172,8 +207,8 @@ def test_the_protocol_example_of_the_readme_works(start: Start, serve: Serve, tm
 def test_the_option_table_lists_the_options_that_there_are(start: Start) -> None:
     running = start(sys.executable, ROOT / "locustfile.py", "--help")
     assert running.ends() == 0
-    options = set(re.findall(r"--(?:chat|tcp|echo)-[a-z]+", running.output))
-    table = set(re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE))
+    options = set(re.findall(r"--(?:chat|tcp|echo)-[a-z0-9-]+", running.output))
+    table = set(re.findall(r"^\| `(--[a-z0-9-]+)", README, re.MULTILINE))
     assert options <= table
     variables = set(re.findall(r"\[env var: (\w+)\]", " ".join(running.output.split())))
     assert all(f"`{variable}`" in README for variable in variables)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import socket
 import ssl
 import struct
@@ -13,10 +15,24 @@ from typing import Any
 
 import gevent
 import pytest
-from conftest import LOCUST, STANDALONE, Handler, Program, Rows, Server, echo, free_port, lines, program, wait_until
+from conftest import (
+    LOCUST,
+    ROOT,
+    STANDALONE,
+    Handler,
+    Program,
+    Rows,
+    Server,
+    echo,
+    free_port,
+    lines,
+    program,
+    wait_until,
+)
 from gevent.server import StreamServer
 from locust.env import Environment
 from test_command import quiet, rows_of
+from test_readme import BLOCKS, example, shortened
 
 import locustfile
 from locustfile import ChatClient, TCPSocketClient
@@ -346,23 +362,50 @@ def test_a_client_certificate_can_be_given(
     assert any(row["exception"] for row in rows)
 
 
-def test_the_command_and_the_standalone_mode_load_a_real_tls_server_of_an_authority_in_ssl_cert_file(
+def listen(start: Start, certificates: Path, options: str) -> str:
+    """Start a real TLS server that echoes; return its port."""
+    port = str(free_port())
+    files = f"cert={certificates}/good.pem,key={certificates}/key.pem,{options}"
+    listening = f"OPENSSL-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=50,{files}"
+    start(program("socat"), "-d", "-d", listening, "PIPE").prints("istening on")
+    return port
+
+
+def test_the_command_of_the_readme_loads_a_real_server_of_an_authority_in_ssl_cert_file(
     start: Start, certificates: Path
 ) -> None:
-    port = str(free_port())
-    files = f"cert={certificates}/good.pem,key={certificates}/key.pem,verify=0"
-    listen = f"OPENSSL-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=50,{files}"
-    start(program("socat"), "-d", "-d", listen, "PIPE").prints("istening on")
-    host, trust = f"tls://localhost:{port}", {"SSL_CERT_FILE": str(certificates / "ca.pem")}
-    standalone = start(*STANDALONE, host, **trust)
-    assert standalone.ends() == 0 and "5 of 5 messages came back" in standalone.output
-    untrusted = start(*STANDALONE, host)
-    assert untrusted.ends() == 1 and "certificate verify failed" in untrusted.output
-    running = start(*LOCUST, *f"--headless -u 5 -r 5 -t 2s --chat-wait=0.1 --host={host}".split(), **trust)
+    command = next(block for block in BLOCKS if "tls://" in block)
+    line = shortened(command.strip(), int(listen(start, certificates, "verify=0"))) + " --chat-wait=0.1"
+    path = f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"
+    shutil.copy(ROOT / "locustfile.py", certificates)
+    running = start(shutil.which("bash"), "-c", line, cwd=certificates, PATH=path)
     assert running.ends() == 0
     rows = rows_of(running.output)
-    assert rows["connect"] == (5, 0) and rows["echo_response"][0] > 15 and rows["echo_response"][1] == 0
+    assert rows["connect"] == (20, 0) and rows["echo_response"][0] > 40 and rows["echo_response"][1] == 0
     assert quiet(running.output)
+
+
+def test_the_standalone_mode_speaks_tls(start: Start, certificates: Path) -> None:
+    host = f"tls://localhost:{listen(start, certificates, 'verify=0')}"
+    trusting = start(*STANDALONE, host, SSL_CERT_FILE=str(certificates / "ca.pem"))
+    untrusting = start(*STANDALONE, host)
+    assert trusting.ends() == 0 and "5 of 5 messages came back" in trusting.output
+    assert untrusting.ends() == 1 and "certificate verify failed" in untrusting.output
+
+
+def test_the_example_of_the_readme_shows_a_client_certificate(start: Start, certificates: Path, tmp_path: Path) -> None:
+    port = listen(start, certificates, f"verify=1,cafile={certificates}/ca.pem")
+    (tmp_path / "client.pem").write_text(
+        (certificates / "good.pem").read_text() + (certificates / "key.pem").read_text()
+    )
+    (tmp_path / "certificate_chat.py").write_text(
+        example("CertificateChat").replace("client.pem", str(tmp_path / "client.pem")), "utf-8"
+    )
+    shutil.copy(ROOT / "locustfile.py", tmp_path)
+    options = f"-f certificate_chat.py CertificateChat --headless --run-time=1s --host=tls://localhost:{port}"
+    running = start(*LOCUST, *options.split(), cwd=tmp_path, SSL_CERT_FILE=str(certificates / "ca.pem"))
+    assert running.ends() == 0
+    assert rows_of(running.output)["echo_response"][0] > 0
 
 
 def test_the_context_of_the_system_is_the_default() -> None:
