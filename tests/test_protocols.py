@@ -268,8 +268,8 @@ def test_ngircd_is_loaded(start: Start, tmp_path: Path, settings: list[str]) -> 
                 observer.sendall(b"JOIN #load\n")
         running = run(start, tmp_path, "irc.py", port, users=8)
         talk = re.compile(rb":u[0-9a-f]{8}!\S+ PRIVMSG #load :\[[0-9a-f]{8}\.\S+\] .")
-        for _ in range(60):
-            next(line for line in received if talk.match(line))
+        said = [next(line for line in received if b"PRIVMSG" in line) for _ in range(60)]
+        assert all(talk.match(line) for line in said)
     assert stopped(running) == 0
     rows = rows_of(running.output)
     assert set(rows) == {"connect", "send_chat", "echo_response", "delivery"} and rows["connect"] == (8, 0)
