@@ -208,8 +208,11 @@ def test_the_option_table_lists_the_options_that_there_are(start: Start) -> None
     running = start(sys.executable, ROOT / "locustfile.py", "--help")
     assert running.ends() == 0
     options = set(re.findall(r"--(?:chat|tcp|echo)-[a-z0-9-]+", running.output))
+    source = (ROOT / "examples" / "find_capacity.py").read_text(encoding="utf-8")
+    options |= {f"--capacity-{name}" for name in re.findall(r'^    "([a-z0-9-]+)": \(', source, re.MULTILINE)}
     table = set(re.findall(r"^\| `(--[a-z0-9-]+)", README, re.MULTILINE))
-    assert options <= table
+    assert options == {option for option in table if re.match("--(chat|tcp|echo|capacity)-", option)}
+    assert len(options) > 12
     variables = set(re.findall(r"\[env var: (\w+)\]", " ".join(running.output.split())))
     assert all(f"`{variable}`" in README for variable in variables)
 
