@@ -253,14 +253,12 @@ class TCPSocketClient:
         started = perf_counter()
         try:
             self._open()
+            self._report("connect", (self._connected_at - started) * 1000, 0)
+            self._greeting = True  # what on_connect sends goes over this connection or none
+            self._on_connect()
         except (OSError, ValueError) as error:
             self._drop()
-            self._report("connect", (perf_counter() - started) * 1000, 0, error)
-            return False
-        self._report("connect", (self._connected_at - started) * 1000, 0)
-        self._greeting = True  # what on_connect sends goes over this connection or none
-        try:
-            self._on_connect()
+            self._report("login" if self._greeting else "connect", (perf_counter() - started) * 1000, 0, error)
         except BaseException:
             self.close()
             raise
@@ -289,15 +287,15 @@ class TCPSocketClient:
         :raises ValueError: for a message that the framing cannot carry, before anything is sent
         """
         mode = self.echo if echo is None else checked(echo, "chat-echo")
-        if message.startswith("/") and mode != "none":
-            mode = "any"
+        if message.startswith("/"):
+            mode, echo = "none" if mode == "none" else "any", "any"
         if self._busy:
             raise RuntimeError("one message at a time: give each greenlet a TCPSocketClient of its own")
         if mode == "any":  # what has come before the send is not the answer
             all(self._socket and self._on_readable() for _ in range(64))
         if self._socket is None and (self._greeting or not self.connect()):
             return None
-        if mode in ("full", "tag") or (mode == "none" and self._seen is not None and message[:1] != "/"):
+        if mode in ("full", "tag") or (mode == "none" and echo is None and self._seen is not None):
             self._messages += 1
             tag = f"{self._identity}.{self._messages}"
             self._tag = tag.encode()
@@ -345,7 +343,8 @@ class TCPSocketClient:
             name, time = ("disconnect", 0) if awaited is None else ("echo_response", (self._arrived - started) * 1000)
             self._report(name, time, 0, outcome)
             return None
-        self._failures = 0
+        if not self._greeting:  # else an attempt after an answered login that was refused would come too soon
+            self._failures = 0
         if outcome is not None:
             self._report("echo_response", (self._arrived - started) * 1000, len(outcome))
         return None if outcome is None else outcome.decode("utf-8", "replace")
@@ -479,7 +478,7 @@ class TCPChatUser(User):
         return TCPSocketClient(host, port, environment.events.request, **settings, **hooks)
 
     def on_connect(self) -> None:
-        """Called after every successful connect; override it to log in, with ``self.client.send_chat``."""
+        """Called after every connect: override it to log in. An ``OSError`` raised here is a failed ``login`` row."""
 
     def on_start(self) -> None:
         """Connect. A failure is a row, and the first message tries again."""

@@ -541,6 +541,25 @@ def test_a_login_that_raises_closes_the_connection_and_the_task_sees_the_error(s
     wait_until(lambda: server.opened == 1 and server.open == 0)
 
 
+@pytest.mark.parametrize("error", [PermissionError("refused"), ValueError("refused")])
+def test_a_login_that_is_refused_is_a_failed_login_and_is_tried_again_ever_later(
+    serve: Serve, connect: Connect, rows: Rows, error: Exception
+) -> None:
+    server = serve(echo)
+
+    def login() -> None:
+        assert client.send_chat("LOGIN", echo="any")  # it is answered, so this resets no back-off
+        raise error
+
+    client = connect(server.port, on_connect=login)
+    started = time.monotonic()
+    while time.monotonic() - started < 1.5:
+        assert client.send_chat("hello") is None
+    assert rows.counts()["connect"] == rows.counts()[f"login: {type(error).__name__}"] == server.opened <= 12
+    assert rows.counts()["connect"] >= 2
+    wait_until(lambda: server.open == 0)
+
+
 # ---------------------------------------------------------------------------------------------- faults
 
 
