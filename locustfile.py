@@ -3,7 +3,9 @@
     locust --headless --users 20 --spawn-rate 10 --run-time 10s --echo-server   a trial, no server needed
     locust --host=localhost:12345                                               web UI on port 8089
     python locustfile.py localhost 12345                                        five messages, no load
-Rows in the statistics: connect, send_chat, echo_response (the round trip), and disconnect where the server hangs up.
+
+Rows in the statistics: connect, send_chat, echo_response (the round trip), delivery (if asked for: the time to other
+users), and, as failures only, disconnect (the server hung up) and login (it refused).
 """
 
 from __future__ import annotations
@@ -47,10 +49,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 12345  # of the built-in echo server a
 
 shared_context = functools.cache(lambda factory: factory())  # one for all: reading the system's certificates is slow
 EchoMode = Literal["full", "tag", "any", "none"]
-hub.Hub.NOT_ERROR = (
-    *hub.Hub.NOT_ERROR,
-    KeyboardInterrupt,
-)  # Ctrl-C ends a run, and gevent need not print it as an error
+hub.Hub.NOT_ERROR = (*hub.Hub.NOT_ERROR, KeyboardInterrupt)  # gevent need not print Ctrl-C as an error
 
 
 def chat_error(name: str, text: str, *bases: type[Exception]) -> Any:
@@ -318,7 +317,8 @@ class TCPSocketClient:
         """Send data, wait for a message that contains what is awaited, report both; return the echo's text."""
         started, unsent = perf_counter(), data
         self._busy, self._awaited, self._outcome = True, awaited, None
-        self._exchanges[self] = started + self.timeout
+        if awaited is not None:
+            self._exchanges[self] = started + self.timeout
         try:
             while unsent:
                 try:

@@ -174,10 +174,11 @@ def share(bench: Bench) -> list[Row]:
     for _ in range(bench.rounds):
         mine, file = ours(bench, 100, Server(bench, "echo")), bench.new_file()
         mine.wait_until_steady()
-        own.append(watch({"ours": mine}, 4)["ours"])
+        seconds = bench.scaled(40) / 10
+        own.append(watch({"ours": mine}, seconds)["ours"])
         mine.finish_clean()
         hollow = Locust(bench, 100, [], "benchmarks/hollow.py", rate=100, HOLLOW_FILE=str(file))
-        time.sleep(6)  # two of them to start
+        time.sleep(seconds + 2)  # two of them to start
         hollow.finish()
         locust_costs.append(Window(**json.loads(file.read_text()), server=0).cost)
     locust, whole, kernel = median(locust_costs), median(costs(own)), median(each.system / each.lines for each in own)
