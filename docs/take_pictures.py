@@ -99,7 +99,9 @@ def run(name: str, report: Path, web_port: int | None) -> None:
             gevent.sleep(UP - DOWN)
             server(stack, port, *arguments)
         running.ends(SECONDS + 60)
-        print("\n".join(["", f"{name}: {' '.join(arguments)}", running.output[running.output.rindex("Type ", 0) :]]))
+        print(
+            "\n".join(["", f"{name}: {' '.join(arguments)}", running.output[running.output.index("Shutting down") :]])
+        )
 
 
 def main() -> None:

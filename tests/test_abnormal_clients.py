@@ -71,8 +71,8 @@ def failures(running: Program, row: str) -> int:
 
 
 def end(running: Program) -> int:
-    """Press Ctrl-C, and return the exit code."""
-    running.process.send_signal(signal.SIGINT)
+    """End the run, and return the exit code. Locust loses a SIGINT that comes while it prints (its stats_printer)."""
+    running.process.send_signal(signal.SIGTERM)
     code = running.ends()
     assert "Traceback" not in running.output
     return code
@@ -132,15 +132,19 @@ def test_a_well_made_server_sees_every_abuse_and_does_not_fail(run: Run, serve: 
 
 
 def test_a_server_that_crashes_on_invalid_text_fails(run: Run, serve: Serve) -> None:
+    crash = Event()
+
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
             try:
                 connection.sendall(line.decode().encode() + b"\n")
             except UnicodeDecodeError:
-                gevent.spawn(crashing.stop)  # which kills this greenlet
+                crash.set()
 
     crashing = serve(server)
     running = run(crashing.address)
+    wait_until(crash.is_set)
+    crashing.stop()
     wait_until(lambda: failures(running, "ABUSE +.*?") and failures(running, "TCP +connect"))
     assert end(running) == 1
     assert "NotAccepted('After the abuse the server accepted no connection.')" in running.output

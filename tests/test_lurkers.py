@@ -65,7 +65,7 @@ def test_a_lurker_whose_server_hangs_up_reports_it_and_connects_again(start: Sta
     listening = serve(server)
     running = start(*COMMAND, "Lurker", f"--host={listening.address}", "--chat-wait=0.1")
     wait_until(lambda: listening.open == 10 and listening.opened == 20)
-    running.process.send_signal(signal.SIGINT)
+    running.process.send_signal(signal.SIGTERM)
     assert running.ends() == 1
     assert rows_of(running.output) == {"connect": (20, 0), "disconnect": (10, 10)}
     assert "TCP disconnect: ConnectionClosed('The server closed the connection.')" in running.output

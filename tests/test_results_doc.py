@@ -52,6 +52,16 @@ def test_every_picture_is_used_and_every_picture_used_is_there() -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (ROOT / "docs" / "images").iterdir())
 
 
+def test_the_options_and_illnesses_of_the_document_exist() -> None:
+    from locust.argument_parser import get_parser
+
+    options = set(get_parser(default_config_files=[])._option_string_actions)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= options
+    done = subprocess.run([sys.executable, ROOT / "docs" / "sick_server.py", "--help"], capture_output=True, text=True)
+    modes = set(re.findall(r"^  (\w+) ", done.stdout, re.MULTILINE))
+    assert set(re.findall(r"sick_server\.py (\w+)", TEXT)) <= modes
+
+
 def test_the_script_of_the_pictures_makes_all_of_them() -> None:
     script = ROOT / "docs" / "take_pictures.py"
     done = subprocess.run([sys.executable, script, "nothing"], capture_output=True, text=True, timeout=60)
