@@ -224,7 +224,7 @@ class TCPSocketClient:
         if not callable(framing):
             prefix = functools.partial(LengthPrefixFraming, checked(framing, "chat-framing"))
             framing = {"line": LineFraming, "raw": Framing}.get(framing, prefix)
-        self._new_framing, self._framing = framing, framing()
+        self.new_framing, self._framing = framing, framing()  # the first may be replaced, to watch what comes
         self._compose, self._on_connect = compose or self.compose, on_connect
         # Locust forks its workers after this file was loaded: multiplied, their numbers lie far apart.
         self._identity = f"{(RUN + os.getpid() * 0x9E3779B1 + next(CLIENTS)) % 2**32:08x}"
@@ -364,7 +364,7 @@ class TCPSocketClient:
         if self._socket is None:
             raise TimeoutError("no connection within the time-out")
         self._socket.setblocking(False)
-        self._framing, self._connected_at = self._new_framing(), perf_counter()
+        self._framing, self._connected_at = self.new_framing(), perf_counter()
         self._watcher = self._loop.io(self._socket.fileno(), 1)  # 1: libev's EV_READ
         self._watcher.start(self._on_readable)
 

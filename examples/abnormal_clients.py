@@ -83,8 +83,8 @@ class AbnormalClient(locustfile.TCPChatUser):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self.new_framing = self.client._new_framing
-        self.client._new_framing = lambda: Recording(self)
+        self.new_framing = self.client.new_framing
+        self.client.new_framing = lambda: Recording(self)
         given = getattr(environment.parsed_options, "chat_framing", None) or self.framing
         prefixed = isinstance(given, str) and given not in ("line", "raw")
         self.prefix = struct.Struct(str(given) if prefixed else ">I")

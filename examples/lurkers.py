@@ -30,8 +30,8 @@ class Lurker(TCPChatUser):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        new_framing = self.client._new_framing
-        self.client._new_framing = lambda: Counting(new_framing(), self)
+        new_framing = self.client.new_framing
+        self.client.new_framing = lambda: Counting(new_framing(), self)
 
     @task
     def stay(self) -> None:
