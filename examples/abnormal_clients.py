@@ -242,5 +242,8 @@ def judge(environment: Environment, **_: Any) -> None:
     if echoes is None or echoes.num_requests == echoes.num_failures:
         print("locust: the canary failed: no echo came", file=sys.stderr)
         environment.process_exit_code = 1
-    if any(entry.num_failures for (_name, kind), entry in entries.items() if kind == "ABUSE"):
+    abuses = [entry for (_name, kind), entry in entries.items() if kind == "ABUSE"]
+    if not abuses:
+        print("locust: nobody has abused the server: write --users=2 or more, and a longer --run-time", file=sys.stderr)
+    if not abuses or any(entry.num_failures for entry in abuses):
         environment.process_exit_code = 1

@@ -155,13 +155,13 @@ class FindCapacity(LoadTestShape):
         tries, echoes = times.total() + failures["other"], times.total() - failures["echo"]
         rate = echoes * len(spent) / sum(seconds for seconds, _ in spent)
         p95, most_p95 = stats.calculate_response_time_percentile(times, times.total(), 0.95), self._given["max-p95"]
-        # Users who cannot stay connected are few failures among the thousands of messages of others: the most count.
-        failed = max((tries - echoes) / max(1, tries), min(1, failures["lost"] / users))
+        failed = (tries - echoes) / max(1, tries)
         most_failed = self._given["max-fail-ratio"]
         # Seconds until the server has answered what this step sent, and users who were refused have tried again.
         self._leftover = max(p95 / 1000, self._given["step-time"] if failures["lost"] else 0)
         slow = f"95th percentile {p95:.4g} ms, limit {most_p95:.4g} ms"
         failing = f"failed {failed * 100:.3g} %, limit {most_failed * 100:.3g} %"
+        losing = f"{failures['lost']} times a connection was lost or refused, limit {most_failed:.3g} a user"
         processor = max(used / seconds for seconds, used in spent) * 100
         exhausted = processor > runners.CPU_WARNING_THRESHOLD  # Locust's own warning mixes steps: it looks every 10 s
         faults = {
@@ -169,6 +169,8 @@ class FindCapacity(LoadTestShape):
             f"only {self.runner.user_count} were running": self.runner.user_count < users,
             "no message was echoed" + f" ({failing})" * (tries > 0): echoes == 0,
             failing: failed > most_failed,
+            # These are few failures among the thousands of messages of those who could stay.
+            losing: failures["lost"] > most_failed * users,
             slow: p95 > most_p95,
         }
         fault = next((text for text, broken in faults.items() if broken), "")

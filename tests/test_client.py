@@ -677,6 +677,31 @@ def test_a_large_message_to_a_slow_reader_goes_out_whole(serve: Serve, connect: 
     assert rows.named("send_chat")[0]["exception"] is None
 
 
+@pytest.mark.parametrize("mode", ["full", "any"])
+def test_a_server_that_answers_and_hangs_up_before_it_has_read_all_fails_the_send_and_raises_nothing(
+    serve: Serve, connect: Connect, rows: Rows, mode: str
+) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(512) + b"\n")
+        gevent.sleep(0.2)
+
+    client = connect(serve(server).port, echo=mode, timeout=3)
+    assert client.send_chat("x" * 9_000_000) is None
+    (row,) = (row for row in rows if row["exception"])
+    assert row["name"] == "send_chat" and isinstance(row["exception"], ConnectionError)
+    assert row["response_time"] < 2000
+
+
+def test_an_echo_in_time_counts_even_if_its_user_gets_to_run_only_after_the_time_out(
+    serve: Serve, connect: Connect, rows: Rows, request_event: EventHook
+) -> None:
+    client = connect(serve(echo).port, timeout=0.2)
+    request_event.add_listener(lambda name, **_: gevent.sleep(0.5) if name == "send_chat" else None)
+    assert client.send_chat("hello") is not None
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+    assert rows.named("echo_response")[0]["response_time"] < 200
+
+
 def test_a_server_that_closes_mid_message_fails_the_echo_and_the_next_message_connects_again(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
