@@ -4,8 +4,7 @@
     locust --host=localhost:12345                                               web UI on port 8089
     python locustfile.py localhost 12345                                        five messages, no load
 
-Rows in the statistics: connect, send_chat, echo_response (the round trip), delivery (if asked for: the time to other
-users), and, as failures only, disconnect (the server hung up) and login (it refused).
+Rows: connect, send_chat, echo_response (the round trip), delivery (on request); as failures only, disconnect and login.
 """
 
 from __future__ import annotations
@@ -565,21 +564,26 @@ def prepare(environment: env.Environment, **_: Any) -> None:
 
 def judge(environment: Any, **_: Any) -> None:
     """Set the exit code where a limit was given, and say in one line how echoes and failed connects compare with it."""
-    environment.runner.stop()  # after Ctrl-C, users are still there
-    gevent.sleep(isinstance(environment.runner, runners.MasterRunner) / 2)  # for the last reports of the workers
-    options, nothing = environment.parsed_options, stats.StatsEntry(environment.stats, "", "")
+    options, runner, nothing = (
+        environment.parsed_options,
+        environment.runner,
+        stats.StatsEntry(environment.stats, "", ""),
+    )
+    if not (options.chat_max_fail_ratio or options.chat_max_p95) or environment.process_exit_code is not None:
+        return  # Locust may come here twice
+    runner.stop()  # after Ctrl-C, users are still there
+    gevent.sleep(isinstance(runner, runners.MasterRunner) * (runners.WORKER_REPORT_INTERVAL + 0.5))  # for last reports
     echoes, connects = (environment.stats.entries.get((name, "TCP"), nothing) for name in ("echo_response", "connect"))
     failures, tries = echoes.num_failures + connects.num_failures, echoes.num_requests + connects.num_failures
     ratio = ("fail ratio {:.4g}", failures / max(1, tries), options.chat_max_fail_ratio)
     p95 = ("95th percentile {:.4g} ms", echoes.get_response_time_percentile(0.95), options.chat_max_p95)
     limits = [row for row in (ratio, p95) if row[2]]
-    if limits and environment.process_exit_code is None:  # Locust may come here twice
-        held = tries > failures and all(figure <= float(limit) for _, figure, limit in limits)
-        texts = [f"{text.format(figure)} (limit {limit})" for text, figure, limit in limits]
-        texts += ["no echo came"] * (tries == failures)
-        print(f"locust: verdict {'passed' if held else 'failed'}: {', '.join(texts)}", file=sys.stderr)
-        if not (held and environment.runner.exceptions):  # a mistake in a task is left to Locust's own rule
-            environment.process_exit_code = int(not held)
+    held = tries > failures and all(figure <= float(limit) for _, figure, limit in limits)
+    texts = [f"{text.format(figure)} (limit {limit})" for text, figure, limit in limits]
+    texts += ["no echo came"] * (tries == failures)
+    print(f"locust: verdict {'passed' if held else 'failed'}: {', '.join(texts)}", file=sys.stderr)
+    if not (held and runner.exceptions):  # a mistake in a task is left to Locust's own rule
+        environment.process_exit_code = int(not held)
 
 
 def start_echo_server(environment: Any) -> server.StreamServer:
