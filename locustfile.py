@@ -564,11 +564,7 @@ def prepare(environment: env.Environment, **_: Any) -> None:
 
 def judge(environment: Any, **_: Any) -> None:
     """Set the exit code where a limit was given, and say in one line how echoes and failed connects compare with it."""
-    options, runner, nothing = (
-        environment.parsed_options,
-        environment.runner,
-        stats.StatsEntry(environment.stats, "", ""),
-    )
+    options, runner, nothing = environment.parsed_options, environment.runner, stats.StatsEntry(None, "", "")
     if not (options.chat_max_fail_ratio or options.chat_max_p95) or environment.process_exit_code is not None:
         return  # Locust may come here twice
     runner.stop()  # after Ctrl-C, users are still there
