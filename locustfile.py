@@ -564,12 +564,12 @@ def prepare(environment: env.Environment, **_: Any) -> None:
 
 def judge(environment: Any, **_: Any) -> None:
     """Set the exit code where a limit was given, and say in one line how echoes and failed connects compare with it."""
-    options, runner, nothing = environment.parsed_options, environment.runner, stats.StatsEntry(None, "", "")
+    options, runner, none = environment.parsed_options, environment.runner, stats.StatsEntry(environment.stats, "", "")
     if not (options.chat_max_fail_ratio or options.chat_max_p95) or environment.process_exit_code is not None:
         return  # Locust may come here twice
     runner.stop()  # after Ctrl-C, users are still there
     gevent.sleep(isinstance(runner, runners.MasterRunner) * (runners.WORKER_REPORT_INTERVAL + 0.5))  # for last reports
-    echoes, connects = (environment.stats.entries.get((name, "TCP"), nothing) for name in ("echo_response", "connect"))
+    echoes, connects = (environment.stats.entries.get((name, "TCP"), none) for name in ("echo_response", "connect"))
     failures, tries = echoes.num_failures + connects.num_failures, echoes.num_requests + connects.num_failures
     ratio = ("fail ratio {:.4g}", failures / max(1, tries), options.chat_max_fail_ratio)
     p95 = ("95th percentile {:.4g} ms", echoes.get_response_time_percentile(0.95), options.chat_max_p95)
