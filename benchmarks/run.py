@@ -342,7 +342,16 @@ def tls(bench: Bench) -> list[Row]:
         return [Row(what, "left out: no openssl to make a certificate with")]
     file = bench.new_file()
     command = f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=benchmark"
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "-", "-out", "-"]
+    names = [
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-addext",
+        "keyUsage=critical,digitalSignature,keyCertSign",
+        "-keyout",
+        "-",
+        "-out",
+        "-",
+    ]
     file.write_bytes(subprocess.run([*command.split(), *names], capture_output=True, check=True).stdout)
     windows: dict[str, list[Window]] = {"with": [], "without": []}
     for _ in range(bench.rounds):

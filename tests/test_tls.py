@@ -42,7 +42,7 @@ Connect = Callable[..., TCPSocketClient]
 Start = Callable[..., Program]
 
 NEW_KEY = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-SIGN = "openssl x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy"
+SIGN = "openssl x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy -extfile strict"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an authority (ca.pem) and what it has signed: good, for one name alone, and expired."""
     program("openssl")
     folder = tmp_path_factory.mktemp("certificates")
+    (folder / "strict").write_text("authorityKeyIdentifier=keyid\n")  # Python 3.13 insists on what RFC 5280 asks for
     for command in (
-        f"{NEW_KEY} -x509 -keyout ca.key -out ca.pem -days 2 -subj /CN=authority",
+        f"{NEW_KEY} -x509 -keyout ca.key -out ca.pem -days 2 -subj /CN=authority -addext keyUsage=critical,keyCertSign",
         f"{NEW_KEY} -keyout key.pem -out good.csr -subj /CN=a -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1",
         "openssl req -new -key key.pem -out other.csr -subj /CN=b -addext subjectAltName=DNS:localhost",
         f"{SIGN} -in good.csr -days 2 -out good.pem",
