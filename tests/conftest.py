@@ -242,6 +242,7 @@ def start() -> Iterator[Callable[..., Program]]:
 
 
 LOCUST = (Path(sys.executable).with_name("locust"),)
+PATH = f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"  # for commands of the documents: "locust" is this one
 STANDALONE = (sys.executable, ROOT / "locustfile.py")
 VERSION = locust.__version__
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import os
 import re
 import shlex
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import LOCUST, ROOT, Ahead, Program, Server, echo, free_port, wait_until
+from conftest import LOCUST, PATH, ROOT, Ahead, Program, Server, echo, free_port, wait_until
 from test_command import quiet, rows_of
 from test_delivery import Room
 
@@ -69,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead[Run]]:
             shutil.copy(ROOT / name, folder)
         shutil.copytree(ROOT / "examples", folder / "examples")
         line = shortened(command.rpartition("&& ")[2].replace(".venv/bin/", ""), port)
-        variables = {"PATH": f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"}
+        variables = {"PATH": PATH}
         variables |= {"LOCUST_MASTER_BIND_PORT": bus, "LOCUST_MASTER_NODE_PORT": bus}
         variables |= {"CAPACITY_STEP_TIME": "1", "CAPACITY_MAX_USERS": "20"}
         variables |= {} if server else {"TCP_PORT": str(port)}
@@ -108,7 +107,7 @@ def test_a_command_with_the_web_ui_opens_it(start: Start, serve: Serve, command:
     line = "exec env " + shortened(command.replace(".venv/bin/", ""), port)
     running = start(
         *("bash", "-c", line),
-        PATH=f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}",
+        PATH=PATH,
         LOCUST_WEB_PORT=str(web),
         LOCUST_WEB_HOST="127.0.0.1",
         **({"TCP_PORT": str(port)} if "--echo-server" in command else {}),
@@ -132,7 +131,7 @@ def test_the_commands_of_master_and_worker_work_together(start: Start, serve: Se
     master, worker = (next(c for c in COMMANDS if option in c) for option in ("--master ", "--worker"))
     bus, port = str(free_port()), serve(echo).port
     variables = {"LOCUST_MASTER_BIND_PORT": bus, "LOCUST_MASTER_NODE_PORT": bus}
-    variables["PATH"] = f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"
+    variables["PATH"] = PATH
     running = start(*shlex.split(shortened(master, port)), **variables)
     helping = start(*shlex.split(worker), cwd=tmp_path, **variables)
     assert running.ends(60) == 0

@@ -72,6 +72,16 @@ def given(*arguments: str) -> Environment:
     return Environment(events=events, host=options.host, parsed_options=options)
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the one line on the standard error with which a command line with these arguments ends."""
+    with pytest.raises(SystemExit) as end:
+        given(*arguments)
+    assert end.value.code != 0
+    printed = capsys.readouterr()
+    assert len((printed.err + printed.out).splitlines()) == 1
+    return printed.err
+
+
 def test_without_options_the_class_decides() -> None:
     class Mine(TCPChatUser):
         host = "localhost:1"
@@ -190,11 +200,7 @@ def test_a_wrong_host_ends_locust_when_it_is_about_to_start(host: str) -> None:
 def test_a_wrong_option_is_refused_by_the_command_line(
     argument: str, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        given("--headless", argument)
-    assert end.value.code != 0
-    printed = capsys.readouterr()
-    assert line in printed.err and len((printed.err + printed.out).splitlines()) == 1
+    assert line in refused(capsys, "--headless", argument)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +210,7 @@ def test_a_wrong_environment_variable_is_one_line(
     variable: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, "wrong")
-    with pytest.raises(SystemExit) as end:
-        given("--headless")
-    assert end.value.code != 0
-    printed = capsys.readouterr()
-    assert "'wrong' will not do: write" in printed.err and len((printed.err + printed.out).splitlines()) == 1
+    assert "'wrong' will not do: write" in refused(capsys, "--headless")
 
 
 def test_the_port_of_the_echo_server_is_taken_is_one_line() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
@@ -17,6 +16,7 @@ import gevent
 import pytest
 from conftest import (
     LOCUST,
+    PATH,
     ROOT,
     STANDALONE,
     Handler,
@@ -377,9 +377,8 @@ def test_the_command_of_the_readme_loads_a_real_server_of_an_authority_in_ssl_ce
 ) -> None:
     command = next(block for block in BLOCKS if "tls://" in block)
     line = shortened(command.strip(), int(listen(start, certificates, "verify=0"))) + " --chat-wait=0.1"
-    path = f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"
     shutil.copy(ROOT / "locustfile.py", certificates)
-    running = start(shutil.which("bash"), "-c", line, cwd=certificates, PATH=path)
+    running = start(shutil.which("bash"), "-c", line, cwd=certificates, PATH=PATH)
     assert running.ends() == 0
     rows = rows_of(running.output)
     assert rows["connect"] == (20, 0) and rows["echo_response"][0] > 40 and rows["echo_response"][1] == 0
