@@ -11,13 +11,10 @@ from __future__ import annotations
 
 # Locust comes first: it replaces the blocking calls of the standard library with gevent's.
 from locust import User, argument_parser, between, env, event, events, runners, stats, task  # isort: skip
-
 import argparse
 import contextlib
 import functools
-import itertools
 import logging
-import os
 import random
 import re
 import socket
@@ -28,24 +25,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gevent
 import psutil
 from gevent import hub, monkey, server
-from gevent.socket import wait_write
 
 MESSAGE_LIMIT = 1024 * 1024  # bytes: no chat message is longer; more without an end is a flood
-RUN, CLIENTS = random.getrandbits(32), itertools.count()  # where this run's tags start, and how many clients there are
+RUN, CLIENTS = random.getrandbits(32), iter(range(2**32))  # where this run's tags start, and how many clients there are
 READ_SIZE = 16 * 1024  # bytes a read: larger buffers cost more to allocate than the calls that they save
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between attempts to connect: after one failure, after many
 STAMPED_TAG = re.compile(rb"\b([0-9a-f]{8})\.\d{1,9}\.([0-9a-f]{8})\.([0-9a-f]{7})\b")  # sender, time, machine
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # with the boot, the clock begins anew; not all systems have this
 MACHINE = BOOT_ID.read_text()[:7] if BOOT_ID.exists() else f"{RUN:08x}"[:7]
 DELIVERED: deque[Callable[[], None]] = deque()  # what reports the messages of others
+OUTBOX: deque[Exchange] = deque()  # what is sent next
 READY: deque[Callable[[None], object]] = deque()  # wakes the users whose exchange has ended
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 12345  # of the built-in echo server and the standalone mode
-
+shared_pause = functools.cache(lambda low, high: functools.partial(random.uniform, float(low), float(high)))
 shared_context = functools.cache(lambda factory: factory())  # one for all: reading the system's certificates is slow
 EchoMode = Literal["full", "tag", "any", "none"]
 hub.Hub.NOT_ERROR = (*hub.Hub.NOT_ERROR, KeyboardInterrupt)  # gevent need not print Ctrl-C as an error
@@ -91,6 +88,8 @@ class LineFraming(Framing):
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the lines that end in data; raise ``MessageTooLong`` for one over the limit."""
+        if not self._tail and 0 <= data.find(b"\n") == len(data) - 1 <= MESSAGE_LIMIT:  # mostly so
+            return [data[:-1].removesuffix(b"\r")]
         *lines, rest = data.split(b"\n")
         if lines and self._tail:
             lines[0] = bytes(self._tail) + lines[0]
@@ -164,37 +163,70 @@ def parse_address(host: str | None, port: str | None = None) -> tuple[str, int, 
     return match[2] or match[3], int(checked(port if match[4] is None else match[4], "tcp-port")), match[1] == "tls://"
 
 
+class Exchange:
+    """A message on its way, what came of it, and when (``perf_counter``)."""
+
+    def __init__(self, client: TCPSocketClient, tag: bytes, unsent: bytes, awaited: bytes | None) -> None:
+        self.client, self.unsent, self.waiter = client, unsent, hub.Waiter()
+        self.tag, self.awaited = tag, awaited  # an echo contains the latter, a damaged one at least the tag
+        self.started = self.sent = self.arrived = 0.0
+        self.outcome: bytes | Exception | None = None
+
+    def settle(self, outcome: bytes | Exception, arrived: float) -> None:
+        """End it: wake its user, after all other connections that are ready now have been read."""
+        self.awaited, self.outcome, self.arrived = None, outcome, arrived
+        if not READY and not OUTBOX:
+            gevent.get_hub().loop.run_callback(take_turns)
+        READY.append(self.waiter.switch)
+
+    def fail(self, error: Exception) -> bool:
+        """End it, wholly sent or not; return False where it had ended before."""
+        if pending := self.outcome is None or self.unsent != b"":
+            self.unsent = b""
+            self.client._writer.stop()
+            self.settle(error, perf_counter())
+        return pending
+
+
 @functools.cache
-def exchanges_within(timeout: float) -> dict[TCPSocketClient, float]:
+def exchanges_within(timeout: float) -> dict[Exchange, bool]:
     """Return the exchanges with that time-out, which end on time. They are due in the order in which they began: so one
     greenlet watches the oldest, and no timer has to be set and to fire for each message."""
-    exchanges: dict[TCPSocketClient, float] = {}
+    exchanges: dict[Exchange, bool] = {}
 
     def end_overdue() -> None:
+        late = TimeoutError("the server did not take the message within the time-out")
         while True:
-            client, deadline = next(iter(exchanges.items()), (None, perf_counter() + timeout))
-            gevent.sleep(max(0.0, deadline - perf_counter()))
-            if client is not None and exchanges.get(client) == deadline:
-                del exchanges[client]
-                if client._awaited is not None:
-                    client.settle(EchoTimeout())
+            oldest = next(iter(exchanges), None)
+            gevent.sleep(max(0.0, oldest.started + timeout - perf_counter()) if oldest else timeout)
+            if oldest and exchanges.pop(oldest, False):
+                oldest.fail(EchoTimeout() if oldest.sent else late)
 
     gevent.spawn(end_overdue)
     return exchanges
 
 
-def wake() -> None:
-    """Wake a few users, and the next when these have sent again, while their data is in the processor's cache."""
-    for _ in range(min(len(READY), 16)):
+def take_turns() -> None:
+    """Send what users have ready, back to back, as it costs more to wake a server than to send to one that is at work;
+    then wake some users, and the next when these have sent again, while their data is in the processor's cache."""
+    while OUTBOX:
+        exchange = OUTBOX.popleft()
+        if exchange.outcome is None and exchange.awaited == b"":  # what has come before the send is not the answer
+            all(exchange.client._on_readable() for _ in range(64))
+        if exchange.outcome is None:  # else the connection is lost, or the user stopped
+            exchange.started = perf_counter()
+            exchange.client._exchanges[exchange] = True
+            exchange.client._send(exchange)
+    for _ in range(min(len(READY), 100)):
         READY.popleft()(None)
-    if READY:
-        gevent.get_hub().loop.run_callback(wake)
+    if READY or OUTBOX:
+        gevent.get_hub().loop.run_callback(take_turns)
 
 
 class TCPSocketClient:
     """A chat connection. Every call blocks its caller and, under gevent, nobody else. Failures are request events, and
-    never raised into the task. Reading is driven by the event loop, also between messages, so that no broadcast piles
-    up in the server, and no echo waits for its user's turn to be timed.
+    never raised into the task. The event loop sends, and reads also between messages, so that no broadcast piles up in
+    the server, and no echo waits for its user's turn to be timed.
 
     :param request_event: what the events are fired on: Locust's ``environment.events.request``
     :param framing: this, ``echo``, ``timeout``, ``compose`` and ``on_connect`` are as in :class:`TCPChatUser`
@@ -227,15 +259,11 @@ class TCPSocketClient:
         self.new_framing, self._framing = framing, framing()  # the first may be replaced, to watch what comes
         self._compose, self._on_connect = compose or self.compose, on_connect
         # Locust forks its workers after this file was loaded: multiplied, their numbers lie far apart.
-        self._identity = f"{(RUN + os.getpid() * 0x9E3779B1 + next(CLIENTS)) % 2**32:08x}"
+        self._identity = f"{(RUN + psutil.Process().pid * 0x9E3779B1 + next(CLIENTS)) % 2**32:08x}"
         self._seen: dict[bytes, None] | None = {} if delivery else None  # the latest messages of others
-        self._loop, self._waiter = gevent.get_hub().loop, hub.Waiter()
-        self._socket: Any = None
-        self._watcher: Any = None
-        self._exchanges = exchanges_within(self.timeout)
-        self._busy, self._sending, self._messages, self._arrived, self._tag = False, False, 0, 0.0, b""
-        self._awaited: bytes | None = None  # the echo contains this, a damaged echo at least the tag
-        self._outcome: bytes | Exception | None = None
+        self._socket = self._reader = self._writer = cast(Any, None)
+        self._exchanges, self._numbers = exchanges_within(self.timeout), iter(range(1, 10**9))
+        self._exchange: Exchange | None = None
         self._greeting, self._failures, self._next_attempt, self._connected_at = False, 0, 0.0, float("inf")
 
     @staticmethod
@@ -267,15 +295,15 @@ class TCPSocketClient:
 
     def close(self) -> None:
         """Close the connection if there is one. The next message opens a new one."""
-        if self._socket is None:
-            return
-        self._watcher.close()
-        with contextlib.suppress(OSError, AttributeError):  # the latter without TLS
-            self._socket.unwrap()  # tells the server that this is the end, not an attacker's cut (RFC 8446, 6.1)
-        self._socket.close()
-        self._socket = None
-        if self._busy and self._outcome is None:
-            self.settle(ConnectionClosed())
+        if self._socket is not None:
+            self._reader.close()
+            self._writer.close()
+            with contextlib.suppress(OSError, AttributeError):  # the latter without TLS
+                self._socket.unwrap()  # tells the server that this is the end, not an attacker's cut (RFC 8446, 6.1)
+            self._socket.close()
+            self._socket = None
+        if self._exchange is not None:
+            self._exchange.fail(ConnectionClosed())
 
     def send_chat(self, message: str, *, echo: EchoMode | None = None) -> str | None:
         """Send one message, connecting first if need be, and wait for its echo. One that starts with ``/``, a command,
@@ -288,86 +316,77 @@ class TCPSocketClient:
         mode = self.echo if echo is None else checked(echo, "chat-echo")
         if message.startswith("/"):
             mode, echo = "none" if mode == "none" else "any", "any"
-        if self._busy:
+        if self._exchange is not None:
             raise RuntimeError("one message at a time: give each greenlet a TCPSocketClient of its own")
-        if mode == "any":  # what has come before the send is not the answer
-            all(self._socket and self._on_readable() for _ in range(64))
         if self._socket is None and (self._greeting or not self.connect()):
             return None
+        tag = ""
         if mode in ("full", "tag") or (mode == "none" and echo is None and self._seen is not None):
-            self._messages += 1
-            tag = f"{self._identity}.{self._messages}"
-            self._tag = tag.encode()
-            if self._seen is not None:
-                tag += f".{int(perf_counter() * 1e5) % 2**32:08x}.{MACHINE}"
-            message = self._compose(tag, message)
-        payload = message.encode()
-        data = self._framing.encode(payload)
+            tag = f"{self._identity}.{next(self._numbers)}"
+            stamp = f".{int(perf_counter() * 1e5) % 2**32:08x}.{MACHINE}" if self._seen is not None else ""
+            message = self._compose(tag + stamp, message)
+        payload, tagged = message.encode(), tag.encode()
+        awaited = payload if mode == "full" else tagged if mode == "tag" else b"" if mode == "any" else None
+        exchange = self._exchange = Exchange(self, tagged, data := self._framing.encode(payload), awaited)
+        if not READY and not OUTBOX:
+            gevent.get_hub().loop.run_callback(take_turns)
+        OUTBOX.append(exchange)
         try:
-            awaited = payload if mode == "full" else self._tag if mode == "tag" else b"" if mode == "any" else None
-            return self._exchange(data, awaited)
-        except BaseException:  # Locust stops this user: nothing to report, and no use for half an exchange
+            while exchange.outcome is None or exchange.unsent:
+                exchange.waiter.get()
+                exchange.waiter.clear()
+        except BaseException:  # Locust stops this user: no use for half an exchange
             self.close()
             raise
         finally:
-            self._busy, self._awaited = False, None
-            self._exchanges.pop(self, None)
-
-    def _exchange(self, data: bytes, awaited: bytes | None) -> str | None:
-        """Send data, wait for a message that contains what is awaited, report both; return the echo's text."""
-        started, unsent = perf_counter(), data
-        self._busy, self._sending, self._awaited, self._outcome = True, True, awaited, None
-        if awaited is not None:
-            self._exchanges[self] = started + self.timeout
-        try:
-            while unsent:
-                try:
-                    sent = self._socket.send(unsent)
-                except BlockingIOError:
-                    sent = 0  # as TLS says it
-                if unsent := unsent[sent:]:
-                    late = TimeoutError("the server did not take the message within the time-out")
-                    wait_write(self._socket.fileno(), max(0.0, started + self.timeout - perf_counter()), late)
-        except OSError as error:
-            self._drop()
-            self._report("send_chat", (perf_counter() - started) * 1000, len(data), error)
-            return None
-        self._sending = False
-        self._report("send_chat", (perf_counter() - started) * 1000, len(data))
-        while awaited is not None and self._outcome is None:
-            self._waiter.get()
-            self._waiter.clear()
-        outcome = self._outcome
+            self._exchange = None
+            self._exchanges.pop(exchange, None)
+            if exchange.sent:
+                self._report("send_chat", (exchange.sent - exchange.started) * 1000, len(data))
+        outcome, time = exchange.outcome, (exchange.arrived - (exchange.started or exchange.arrived)) * 1000
         if isinstance(outcome, Exception):
-            if awaited == b"" or not isinstance(outcome, (EchoTimeout, EchoTruncated, EchoAltered)):
-                self._drop()  # after a time-out in mode any, a late answer would be taken for the next one
-            name, time = ("disconnect", 0) if awaited is None else ("echo_response", (self._arrived - started) * 1000)
-            self._report(name, time, 0, outcome)
+            if self._socket and (awaited == b"" or not isinstance(outcome, (EchoTimeout, EchoTruncated, EchoAltered))):
+                self._drop()  # in mode any too, as a late answer would be taken for the next one
+            name, size = ("echo_response", 0) if exchange.sent else ("send_chat", len(data))
+            self._report(name, time, size, outcome)
             return None
         if not self._greeting:  # else an attempt after an answered login that was refused would come too soon
             self._failures = 0
-        if outcome is not None:
-            self._report("echo_response", (self._arrived - started) * 1000, len(outcome))
-        return None if outcome is None else outcome.decode("utf-8", "replace")
+        if awaited is None:
+            return None
+        self._report("echo_response", time, len(outcome))
+        return message if outcome == payload else outcome.decode("utf-8", "replace")
+
+    def _send(self, exchange: Exchange) -> None:
+        """Send what the kernel takes now, and the rest when it takes more."""
+        self._writer.stop()
+        try:
+            exchange.unsent = exchange.unsent[self._socket.send(exchange.unsent) :]  # TLS takes 0 bytes, or all
+            exchange.sent = 0.0 if exchange.unsent else perf_counter()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                exchange.fail(error)
+                self._drop()
+        if exchange.unsent:
+            self._writer.start(self._send, exchange)
+        elif exchange.awaited is None:  # none is awaited, or the answer came before the end of the question
+            exchange.settle(exchange.outcome or b"", exchange.arrived)
 
     def _open(self) -> None:
         """Connect and watch for bytes; raise ``OSError``, or ``ValueError`` for a wrong setting."""
         if self.fault is not None:
             raise self.fault
-        # One limit for look-up, all addresses and TLS together; a time-out of the socket would count for each.
-        with gevent.Timeout(self.timeout, False), contextlib.ExitStack() as opened:
-            sock = opened.enter_context(socket.create_connection((self.host, self.port)))
+        # One limit for look-up, addresses and TLS together. Then this class waits itself, with a bare socket if it can.
+        with gevent.Timeout(self.timeout, False), socket.create_connection((self.host, self.port)) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a message waits, as RFC 896 says
-            sock = opened.enter_context(self._tls.wrap_socket(sock, server_hostname=self.host)) if self._tls else sock
-            opened.pop_all()
-            # From here on this class does the waiting. So a plain socket need not be gevent's: less work, less memory.
-            self._socket = sock if self._tls else monkey.get_original("socket", "socket")(fileno=sock.detach())
+            tls, bare = self._tls, monkey.get_original("socket", "socket")
+            self._socket = tls.wrap_socket(sock, server_hostname=self.host) if tls else bare(fileno=sock.detach())
         if self._socket is None:
             raise TimeoutError("no connection within the time-out")
         self._socket.setblocking(False)
         self._framing, self._connected_at = self.new_framing(), perf_counter()
-        self._watcher = self._loop.io(self._socket.fileno(), 1)  # 1: libev's EV_READ
-        self._watcher.start(self._on_readable)
+        self._reader, self._writer = (gevent.get_hub().loop.io(self._socket.fileno(), kind) for kind in (1, 2))
+        self._reader.start(self._on_readable)
 
     def _drop(self) -> None:
         """Close after a failure and put off the next attempt, more each time until an echo or a lasting connection."""
@@ -382,8 +401,7 @@ class TCPSocketClient:
         self._fire(request_type="TCP", name=name, response_time=time, response_length=size, exception=error, context={})
 
     def _on_readable(self) -> bool:
-        """Read what has come, hand over the echo with the time of its arrival; return whether there may be more. This,
-        and what it calls, runs in the event loop, where it must neither block nor raise."""
+        """Read in the event loop, without blocking or raising; hand over the echo; return whether there may be more."""
         try:
             data = self._socket.recv(READ_SIZE)
             arrived = perf_counter()
@@ -392,19 +410,22 @@ class TCPSocketClient:
             for payload in self._framing.feed(data):
                 if self._seen is not None:
                     self._on_delivery(payload, arrived, self._seen)
-                if self._awaited is None:
+                if (exchange := self._exchange) is None or exchange.awaited is None or not exchange.started:
                     continue
-                if self._awaited in payload:
-                    self.settle(payload, arrived)
-                elif self._tag in payload:
-                    error = EchoTruncated if payload[payload.find(self._tag) :] in self._awaited else EchoAltered
-                    self.settle(error(), arrived)
+                if exchange.awaited in payload:
+                    exchange.settle(payload, arrived)
+                elif exchange.tag in payload:
+                    error = EchoTruncated if payload[payload.find(exchange.tag) :] in exchange.awaited else EchoAltered
+                    exchange.settle(error(), arrived)
             return True
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except Exception as error:  # a framing of the user's own can raise anything
             logging.getLogger(__name__).debug("reading failed", exc_info=True)
-            self._on_loss(error if isinstance(error, (OSError, MessageTooLong)) else FramingError())
+            error = error if isinstance(error, (OSError, MessageTooLong)) else FramingError()
+            if self._exchange is None or not self._exchange.fail(error):
+                gevent.spawn(self._report, "disconnect", 0, 0, error)  # a listener may block
+            self._drop()
         return False
 
     def _on_delivery(self, payload: bytes, arrived: float, seen: dict[bytes, None]) -> None:
@@ -420,23 +441,6 @@ class TCPSocketClient:
             DELIVERED.append(functools.partial(self._report, "delivery", age, len(payload)))
             if len(DELIVERED) % 100 == 1:  # a greenlet reports many: listeners may block, and greenlets cost
                 gevent.spawn(any, (DELIVERED.popleft()() for _ in iter(DELIVERED.__len__, 0)))
-
-    def _on_loss(self, error: Exception) -> None:
-        """Tell the waiting user, who then closes the connection; close it here where none waits."""
-        if self._busy and (self._sending or self._outcome is None):
-            self._watcher.stop()
-            self.settle(error)
-        else:
-            self._drop()
-            gevent.spawn(self._report, "disconnect", 0, 0, error)  # a listener may block
-
-    def settle(self, outcome: bytes | Exception, arrived: float | None = None) -> None:
-        """End the exchange in flight: wake its user, after all other connections that are ready now have been read."""
-        self._awaited, self._outcome = None, outcome
-        self._arrived = perf_counter() if arrived is None else arrived
-        if not READY:
-            self._loop.run_callback(wake)
-        READY.append(self._waiter.switch)
 
 
 class TCPChatUser(User):
@@ -461,8 +465,7 @@ class TCPChatUser(User):
         try:
             self.client = self.new_client(environment, compose=self.compose, on_connect=self.on_connect)
             if wait := getattr(environment.parsed_options, "chat_wait", None):
-                seconds = sorted(map(float, wait.split("-")))
-                self.wait_time = functools.partial(random.uniform, seconds[0], seconds[-1])  # type: ignore[method-assign]
+                self.wait_time = shared_pause(*(wait.split("-") * 2)[:2])  # type: ignore[method-assign]
         except (OSError, ValueError) as error:  # typed into the web UI: there it shows up as a failed connect
             self.client = TCPSocketClient("", 0, environment.events.request)
             self.client.fault = error
@@ -552,10 +555,9 @@ def prepare(environment: env.Environment, **_: Any) -> None:
     try:
         if options.echo_server:
             start_echo_server(environment)
-        for user_class in environment.user_classes:
-            due = environment.host or user_class.host or options.headless or options.autostart
-            if due and issubclass(user_class, TCPChatUser):
-                user_class.new_client(environment)
+        for cls in environment.user_classes:
+            if issubclass(cls, TCPChatUser) and (environment.host or cls.host or options.headless or options.autostart):
+                cls.new_client(environment)
     except (OSError, ValueError) as error:
         for worker in psutil.Process().children() if options.processes else ():
             worker.kill()  # Locust has forked it already, and it would wait for its master in vain
@@ -595,7 +597,6 @@ def start_echo_server(environment: Any) -> server.StreamServer:
     if tls:
         raise SettingError(environment.host, f"tcp://{host}:{port}: the built-in echo server has no TLS")
     echo_server = server.StreamServer((host, port), echo, backlog=1024)
-    environment.events.quitting.add_listener(lambda **_: echo_server.stop())
     echo_server.start()
     return echo_server
 

@@ -116,7 +116,7 @@ def test_a_message_that_the_framing_cannot_carry_is_an_error_before_anything_is_
 def test_two_greenlets_cannot_use_one_client_at_a_time(serve: Serve, connect: Connect) -> None:
     client = connect(serve(lambda connection: echo_after(connection, 0.2)).port)
     first = gevent.spawn(client.send_chat, "hello")
-    wait_until(lambda: client._busy)
+    wait_until(lambda: client._exchange)
     with pytest.raises(RuntimeError, match="one message at a time"):
         client.send_chat("hello")
     assert first.get() is not None
@@ -668,7 +668,7 @@ def test_a_large_message_to_a_slow_reader_goes_out_whole(serve: Serve, connect: 
     client = connect(serve(server).port, echo=mode, timeout=10)
     message = "x" * 8_000_000
     sender = gevent.spawn(client.send_chat, message)
-    wait_until(lambda: rows.named("send_chat"))
+    wait_until(lambda: rows.named("send_chat") or (client._exchange and client._exchange.sent))
     wait_until(lambda: received.endswith(b"\n"))
     client.close()
     sender.join()
@@ -893,6 +893,115 @@ def test_a_server_that_comes_up_again_is_connected_again(serve: Serve, connect: 
     wait_until(lambda: client.send_chat("hello") is not None, 8)
 
 
+def test_all_messages_that_are_ready_are_sent_before_anything_is_reported(
+    serve: Serve, connect: Connect, request_event: EventHook
+) -> None:
+    server = serve(echo)
+    clients = [connect(server.port) for _ in range(20)]
+    for client in clients:
+        client.connect()
+    sent: list[bool] = []
+
+    def on_request(**_: Any) -> None:
+        exchanges = [client._exchange for client in clients]  # None: the one that is just reported
+        sent.append(all(exchange is None or exchange.sent for exchange in exchanges))
+
+    request_event.add_listener(on_request)
+    gevent.joinall([gevent.spawn(client.send_chat, "hello") for client in clients])
+    assert sent[0]
+    assert len(sent) == 40
+
+
+def ready_to_send(client: locustfile.TCPSocketClient, **settings: Any) -> gevent.Greenlet:
+    """Return a user whose message stands in the outbox: the event loop has not sent it yet."""
+    client.connect()
+    user = gevent.spawn(client.send_chat, "hello", **settings)
+    gevent.sleep(0)
+    assert client._exchange is not None
+    assert not client._exchange.started
+    return user
+
+
+def test_what_comes_while_a_message_waits_to_be_sent_is_not_its_answer(serve: Serve, connect: Connect) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"news\n")
+        for _ in lines(connection):
+            connection.sendall(b"answer\n")
+
+    client = connect(serve(server).port, echo="any")
+    client.connect()
+    client._reader.stop()  # as if nobody had found the time to read
+    gevent.sleep(0.1)
+    user = ready_to_send(client)
+    while client._on_readable():
+        pass
+    client._reader.start(client._on_readable)
+    assert user.get(timeout=5) == "answer"
+
+
+def test_a_user_that_is_stopped_before_its_message_is_sent_sends_and_reports_nothing(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+    server = serve(lambda connection: received.extend(lines(connection)))
+    client = connect(server.port)
+    client.connect()
+    user = gevent.spawn(client.send_chat, "hello")
+    gevent.get_hub().loop.run_callback(user.throw, gevent.GreenletExit)  # the turn of this comes before the sending
+    wait_until(lambda: server.opened and not server.open)
+    assert rows.counts() == {"connect": 1}
+    assert not received
+    assert client.send_chat("the client is still of use", echo="none") is None
+    wait_until(lambda: received)
+
+
+@pytest.mark.parametrize("mode", ["full", "any", "none"])
+def test_a_connection_that_is_lost_before_the_message_is_sent_fails_the_sending_at_once(
+    serve: Serve, connect: Connect, rows: Rows, mode: Any
+) -> None:
+    server = serve(lambda connection: None)
+    client = connect(server.port, echo=mode)
+    client.connect()
+    client._reader.stop()
+    wait_until(lambda: server.opened and not server.open)
+    user = ready_to_send(client)
+    wait_until(lambda: user.ready() or not client._on_readable())
+    assert user.get(timeout=5) is None
+    assert rows.counts() == {"connect": 1, "send_chat: ConnectionClosed": 1}
+    assert rows.named("send_chat")[0]["response_time"] == 0
+
+
+def test_an_answer_before_the_end_of_the_message_counts_once_all_is_sent(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received = bytearray()
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(1) + b" is what I answer\n")
+        gevent.sleep(0.2)
+        while data := connection.recv(1 << 20):
+            received.extend(data)
+
+    client = connect(serve(server).port, echo="any")
+    assert client.send_chat("x" * 8_000_000) == "x is what I answer"
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+    assert rows.named("echo_response")[0]["response_time"] < 200 <= rows.named("send_chat")[0]["response_time"]
+    wait_until(lambda: len(received) == 8_000_000)
+
+
+def test_an_answer_does_not_excuse_a_server_that_never_takes_the_rest_of_the_message(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(1) + b" is what I answer\n")
+        gevent.sleep(10)
+
+    client = connect(serve(server).port, echo="any", timeout=0.3)
+    assert client.send_chat("x" * 8_000_000) is None
+    assert rows.counts() == {"connect": 1, "send_chat: TimeoutError": 1}
+    assert 300 <= rows.named("send_chat")[0]["response_time"] < 3000
+
+
 def test_close_can_be_called_at_any_time_and_again(serve: Serve, connect: Connect, rows: Rows) -> None:
     server = serve(echo)
     client = connect(server.port)
@@ -922,7 +1031,7 @@ def test_connect_when_connected_does_nothing(serve: Serve, connect: Connect, row
 def test_closing_from_another_greenlet_ends_the_exchange(serve: Serve, connect: Connect, rows: Rows) -> None:
     client = connect(serve(lambda connection: gevent.sleep(10)).port)
     waiting = gevent.spawn(client.send_chat, "hello")
-    wait_until(lambda: rows.named("send_chat"))
+    wait_until(lambda: client._exchange and client._exchange.sent)
     client.close()
     assert waiting.get(timeout=5) is None
     assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response: ConnectionClosed": 1}
@@ -934,7 +1043,7 @@ def test_a_user_that_is_stopped_mid_message_reports_no_echo_and_leaves_nothing_o
     server = serve(lambda connection: echo_after(connection, 0.2))
     client = connect(server.port)
     user = gevent.spawn(client.send_chat, "hello")
-    wait_until(lambda: rows.named("send_chat"))
+    wait_until(lambda: client._exchange and client._exchange.sent)
     user.kill()
     wait_until(lambda: server.open == 0)
     assert rows.counts() == {"connect": 1, "send_chat": 1}

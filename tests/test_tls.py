@@ -200,9 +200,9 @@ def test_what_has_come_before_the_send_is_not_the_answer_also_in_several_records
             connection.sendall(b"answer\n")
 
     client = connected(connect, serve(secure(server, identity)), trusting, echo="any")
-    client._watcher.stop()  # as if nobody had found the time to read
+    client._reader.stop()  # as if nobody had found the time to read
     wait_until(lambda: sent)
-    client._watcher.start(client._on_readable)
+    client._reader.start(client._on_readable)
     assert client.send_chat("hello") == "answer"
 
 

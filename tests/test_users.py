@@ -159,11 +159,13 @@ def test_lowering_the_user_count_closes_the_connections_of_those_who_leave(serve
 
 
 def test_messages_in_flight_at_the_stop_are_not_failures(serve: Serve, run: Run) -> None:
-    server = serve(lambda connection: [None for _ in lines(connection)])
+    received: list[bytes] = []
+    server = serve(lambda connection: received.extend(lines(connection)))
     environment = run(ChatClient, server.address, users=5, chat_wait="0")
-    wait_until(lambda: row(environment, "send_chat").num_requests == 5)
+    wait_until(lambda: len(received) == 5)
     environment.runner.stop()  # type: ignore[union-attr]
     wait_until(lambda: server.open == 0)
+    assert row(environment, "send_chat").num_requests == 5
     assert row(environment, "echo_response").num_requests == 0
     assert not environment.stats.errors
 
