@@ -987,6 +987,7 @@ def test_an_answer_before_the_end_of_the_message_counts_once_all_is_sent(
     assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
     assert rows.named("echo_response")[0]["response_time"] < 200 <= rows.named("send_chat")[0]["response_time"]
     wait_until(lambda: len(received) == 8_000_000)
+    assert not client._writer.active  # else it would go on for ever
 
 
 def test_an_answer_does_not_excuse_a_server_that_never_takes_the_rest_of_the_message(
@@ -1000,6 +1001,7 @@ def test_an_answer_does_not_excuse_a_server_that_never_takes_the_rest_of_the_mes
     assert client.send_chat("x" * 8_000_000) is None
     assert rows.counts() == {"connect": 1, "send_chat: TimeoutError": 1}
     assert 300 <= rows.named("send_chat")[0]["response_time"] < 3000
+    assert rows.named("send_chat")[0]["response_length"] == 8_000_001
 
 
 def test_close_can_be_called_at_any_time_and_again(serve: Serve, connect: Connect, rows: Rows) -> None:

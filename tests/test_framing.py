@@ -70,6 +70,10 @@ def test_a_line_over_the_limit_that_ends_in_the_same_read_does_not_pass() -> Non
     assert list(framing.feed(b"x" * MESSAGE_LIMIT)) == []
     with pytest.raises(MessageTooLong):
         list(framing.feed(b"xxx\n"))
+    with pytest.raises(MessageTooLong):
+        LineFraming().feed(b"x" * (MESSAGE_LIMIT + 2) + b"\n")
+    for end in (b"\n", b"\r\n"):
+        assert [len(p) for p in LineFraming().feed(b"x" * MESSAGE_LIMIT + end)] == [MESSAGE_LIMIT]
 
 
 def test_a_length_of_the_limit_passes_and_one_more_fails_before_its_payload_comes() -> None:
