@@ -363,7 +363,7 @@ class TCPSocketClient:
         try:
             exchange.unsent = exchange.unsent[self._socket.send(exchange.unsent) :]  # TLS takes 0 bytes, or all
             exchange.sent = 0.0 if exchange.unsent else perf_counter()
-        except OSError as error:
+        except Exception as error:  # raised here, it would stop all other users
             if not isinstance(error, BlockingIOError):
                 exchange.fail(error)
                 self._drop()
