@@ -173,7 +173,7 @@ class Exchange:
         self.outcome: bytes | Exception | None = None
 
     def settle(self, outcome: bytes | Exception, arrived: float) -> None:
-        """End it: wake its user, after all other connections that are ready now have been read."""
+        """End it, and let its user go on when the turn comes: not at once, as there may be echoes to read first."""
         self.awaited, self.outcome, self.arrived = None, outcome, arrived
         if not READY and not OUTBOX:
             gevent.get_hub().loop.run_callback(take_turns)
@@ -209,16 +209,17 @@ def exchanges_within(timeout: float) -> dict[Exchange, bool]:
 def take_turns() -> None:
     """Send what users have ready, back to back, as it costs more to wake a server than to send to one that is at work;
     then wake some users, and the next when these have sent again, while their data is in the processor's cache."""
-    while OUTBOX:
-        exchange = OUTBOX.popleft()
+    for exchange in OUTBOX:
         if exchange.outcome is None and exchange.awaited == b"":  # what has come before the send is not the answer
             all(exchange.client._on_readable() for _ in range(64))
         if exchange.outcome is None:  # else the connection is lost, or the user stopped
             exchange.started = perf_counter()
             exchange.client._exchanges[exchange] = True
             exchange.client._send(exchange)
+    OUTBOX.clear()
     for _ in range(min(len(READY), 100)):
-        READY.popleft()(None)
+        READY[0](None)  # who is woken finds the queue not empty, and so does not ask for one more turn
+        READY.popleft()
     if READY or OUTBOX:
         gevent.get_hub().loop.run_callback(take_turns)
 
@@ -335,10 +336,9 @@ class TCPSocketClient:
             while exchange.outcome is None or exchange.unsent:
                 exchange.waiter.get()
                 exchange.waiter.clear()
-        except BaseException:  # Locust stops this user: no use for half an exchange
-            self.close()
-            raise
         finally:
+            if exchange.outcome is None or exchange.unsent:  # Locust stops this user: no use for half an exchange
+                self.close()
             self._exchange = None
             self._exchanges.pop(exchange, None)
             if exchange.sent:

@@ -1004,6 +1004,23 @@ def test_an_answer_does_not_excuse_a_server_that_never_takes_the_rest_of_the_mes
     assert rows.named("send_chat")[0]["response_length"] == 8_000_001
 
 
+def test_a_user_that_sends_without_a_pause_asks_for_one_turn_a_message(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, take_turns = list[float](), locustfile.take_turns
+
+    def counted() -> None:
+        turns.append(time.perf_counter())
+        take_turns()
+
+    monkeypatch.setattr(locustfile, "take_turns", counted)
+    client = connect(serve(lambda connection: [None for _ in lines(connection)]).port, echo="none")
+    for _ in range(300):
+        client.send_chat("hello")
+    gevent.sleep(0.05)
+    assert 300 <= len(turns) < 310
+
+
 def test_close_can_be_called_at_any_time_and_again(serve: Serve, connect: Connect, rows: Rows) -> None:
     server = serve(echo)
     client = connect(server.port)
