@@ -369,7 +369,7 @@ class TCPSocketClient:
                 self._drop()
         if exchange.unsent:
             self._writer.start(self._send, exchange)
-        elif exchange.awaited is None:  # none is awaited, or the answer came before the end of the question
+        elif exchange.sent and exchange.awaited is None:  # nothing to wait for, or the answer came before all was sent
             exchange.settle(exchange.outcome or b"", exchange.arrived)
 
     def _open(self) -> None:
