@@ -1,247 +1,407 @@
-"""``examples/find_capacity.py`` with the real ``locust`` command, against servers whose capacity is known."""
+"""``plugins/find_capacity.py``: the search, the steps, and whole runs against capped servers."""
 
 from __future__ import annotations
 
-import functools
+import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
+
+import ast
 import re
+import shlex
 import signal
 import socket
-import time
+import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gevent
 import pytest
-from conftest import LOCUST, Handler, Program, Server, echo, free_port, lines, wait_until
+from locust.env import Environment
+from programs import LOCUST, ROOT, Program, wait_until
+from servers import Handler, Server, echo, free_port, lines
+
+import locustfile
+
+sys.path.insert(0, str(ROOT / "plugins"))
+
+import find_capacity
+from find_capacity import Clock, Limits, Look, Search, Step
+
+Serve = Callable[..., Server]
+Start = Callable[..., Program]
+FILES = "locustfile.py,plugins/find_capacity.py"
+
+# ------------------------------------------------------------------------------- what a step says
+
+
+class Rows:
+    """A run whose rows the test fires itself, and whose clocks it sets."""
+
+    def __init__(self) -> None:
+        self.environment = Environment()
+        self.runner = self.environment.create_local_runner()
+        self._before = self.look_at(0.0)
+
+    def look_at(self, seconds: float, processor: float = 0.0) -> Look:
+        """Return a look as if two processes had gone on for so many seconds."""
+        look = Look(self.runner)
+        look.clocks = {name: Clock(seconds, processor) for name in ("one", "other")}
+        return look
+
+    def fire(
+        self, name: str, count: int, error: Exception | None = None, milliseconds: int = 10
+    ) -> None:
+        """Fire so many rows that succeeded, or failed with an error."""
+        for _ in range(count):
+            self.environment.events.request.fire(
+                request_type="TCP",
+                name=name,
+                response_time=milliseconds,
+                response_length=1,
+                exception=error,
+                context={},
+            )
+
+    def step(
+        self, users: int = 10, running: int = 10, rate: float | None = None, used: float = 0.0
+    ) -> Step:
+        """Return the step of two seconds in which these rows came, and begin the next one."""
+        limits = Limits(step=10, step_time=2, p95=100, fail_ratio=0.01, users=50, rate=rate)
+        after = self.look_at(2.0, used)
+        step = Step(users, running, limits, self._before, after)
+        self._before = self.look_at(0.0)
+        return step
+
+
+@pytest.fixture
+def rows() -> Iterator[Rows]:
+    """Return a run without any row."""
+    rows = Rows()
+    yield rows
+    rows.runner.quit()
+
+
+def test_a_step_counts_only_what_came_in_it_from_all_processes(rows: Rows) -> None:
+    rows.fire("echo_response", 10, locustfile.EchoTimeout(), milliseconds=5000)
+    rows.step()
+    rows.fire("echo_response", 100)
+    step = rows.step()
+    assert step.fault == ""
+    assert step.figures == (
+        "10 users, 50.0 messages a second "
+        "(95th percentile 10 ms, limit 100 ms; failed 0 %, limit 1 %)"
+    )
+
+
+def test_in_open_loop_a_step_says_what_was_due_and_what_was_reached(rows: Rows) -> None:
+    rows.fire("echo_response", 90)
+    rows.fire("echo_response", 10, milliseconds=200)
+    step = rows.step(rate=5.5)
+    assert step.figures == (
+        "10 users × 5.5 = 55 messages a second due, 50.0 reached "
+        "(95th percentile 200 ms, limit 100 ms; failed 0 %, limit 1 %)"
+    )
+    assert step.broken == (
+        "at 10 users × 5.5 = 55 messages a second due, 50.0 reached: "
+        "95th percentile 200 ms, limit 100 ms"
+    )
+
+
+def test_slow_echoes_break_a_step(rows: Rows) -> None:
+    rows.fire("echo_response", 90)
+    rows.fire("echo_response", 10, milliseconds=200)
+    assert rows.step().broken == "at 10 users 95th percentile 200 ms, limit 100 ms"
+
+
+@pytest.mark.parametrize(
+    "name", ["connect", "send_chat", "echo_response", "login", "disconnect", "bought"]
+)
+def test_failures_of_every_row_break_a_step(rows: Rows, name: str) -> None:
+    rows.fire("connect", 1000)
+    rows.fire("send_chat", 1000)
+    rows.fire("echo_response", 95)
+    rows.fire(name, 5, locustfile.ConnectionClosed())
+    assert rows.step().fault == "failed 5 %, limit 1 %"
+
+
+def test_lost_deliveries_break_a_step_and_good_ones_hide_no_failure(rows: Rows) -> None:
+    rows.fire("echo_response", 1000)
+    rows.fire("delivery", 98)
+    rows.fire("delivery", 2, ValueError("lost"))
+    assert rows.step().fault == "failed 2 %, limit 1 %"
+    rows.fire("echo_response", 97)
+    rows.fire("echo_response", 3, locustfile.EchoAltered())
+    rows.fire("delivery", 9900)
+    assert rows.step().fault == "failed 3 %, limit 1 %"
+
+
+def test_a_few_lost_connections_among_thousands_of_messages_break_a_step(rows: Rows) -> None:
+    rows.fire("echo_response", 1000)
+    rows.fire("echo_response", 1, locustfile.EchoTimeout())
+    assert rows.step().fault == ""  # a late echo is no lost connection
+    rows.fire("echo_response", 1000)
+    rows.fire("disconnect", 1, locustfile.ConnectionClosed())
+    rows.fire("connect", 1, ConnectionRefusedError(111, "Connection refused"))
+    assert rows.step().fault == "2 times a connection was lost or refused, limit 0.01 a user"
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (None, "no message was echoed"),
+        (locustfile.EchoTimeout(), "no message was echoed (failed 100 %, limit 1 %)"),
+    ],
+)
+def test_a_step_without_an_echo_does_not_hold(
+    rows: Rows, error: Exception | None, fault: str
+) -> None:
+    rows.fire("send_chat", 5)
+    if error is not None:
+        rows.fire("echo_response", 5, error)
+    assert rows.step().fault == fault
+
+
+def test_users_that_did_not_start_break_a_step(rows: Rows) -> None:
+    rows.fire("echo_response", 100)
+    assert rows.step(running=9).fault == "only 9 were running"
+
+
+def test_a_generator_without_processor_time_is_the_first_fault(rows: Rows) -> None:
+    rows.fire("echo_response", 100, milliseconds=9000)
+    step = rows.step(used=1.9)
+    assert step.is_exhausted
+    assert step.fault == "the generator ran out of processor (95 % of a core)"
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"), [((5.0,), 5.0), ((None,), None), ((5.0, 5.0), 5.0), ((5.0, 2.0), None)]
+)
+def test_the_rate_of_the_user_classes_is_that_of_a_step(
+    rates: tuple[float | None, ...], expected: float | None
+) -> None:
+    classes = []
+    for number, rate in enumerate(rates):
+        attributes = {"rate": rate}
+        classes.append(type(f"User{number}", (locustfile.ChatClient,), attributes))
+    environment = Environment(user_classes=classes, host="127.0.0.1:1")
+    assert find_capacity.limits_of(environment).rate == expected
+
+
+# ------------------------------------------------------------------------------------- the search
+
+
+class ScriptedSteps(find_capacity.Measurement):
+    """Gives the steps that a test has scripted, in their order."""
+
+    def __init__(self, rows: Rows, *script: str) -> None:
+        self._rows = rows
+        self._script = iter(script)
+
+    def of(self, users: int) -> Step:
+        """Return a step that held, broke, or found the generator exhausted, as the script says."""
+        outcome = next(self._script)
+        error = locustfile.EchoAltered() if outcome == "breaks" else None
+        self._rows.fire("echo_response", 100, error)
+        return self._rows.step(users, users, used=2.0 if outcome == "exhausts" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("script", "steps", "answer", "is_known"),
+    [
+        ("holds holds", [10, 15], r"at least 15 users, .*; no limit was reached up to.*", True),
+        ("holds breaks holds", [10, 15, 10], r"10 users, .*; at 15 users no message.*", True),
+        ("holds breaks breaks", [10, 15, 10], r"none: at 15 users .*, then no step held", False),
+        ("breaks", [10], r"none: at 10 users no message was echoed \(failed .*\)", False),
+        ("exhausts", [10], r"unknown: at 10 users the gen.*: use --processes, or more m.*s", False),
+        ("holds exhausts", [10, 15], r"unknown: at 15 .*; before it held 10 users, .*", False),
+        ("holds breaks exhausts", [10, 15, 10], r"unknown: at 10 users the generator .*", False),
+    ],
+)
+def test_the_search(rows: Rows, script: str, steps: list[int], answer: str, is_known: bool) -> None:
+    limits = Limits(step=10, step_time=2, p95=100, fail_ratio=0.01, users=15, rate=None)
+    search = Search(ScriptedSteps(rows, *script.split()), limits)
+    targets = [*search.climb(), *search.go_back()]
+    assert targets == [(users, 10) for users in steps]
+    assert re.fullmatch(answer, search.answer)
+    assert search.has_answer == is_known
+
+
+# ------------------------------------------------------------------------------------- whole runs
 
 QUICK = """
 import find_capacity
 from locust import runners
-find_capacity.SETTLING, runners.WORKER_REPORT_INTERVAL = 0.2, 0.2
+find_capacity.SETTLING = 0.2
+runners.WORKER_REPORT_INTERVAL = 0.2
 """
-LIMITS = "--capacity-step=2 --capacity-step-time=0.5 --capacity-max-p95=150 --capacity-max-users=9"
+# Limits that a machine ten times slower keeps.
+LIMITS = "--capacity-step=2 --capacity-step-time=0.5 --capacity-max-p95=1000 --capacity-max-users=6"
 
 
-def holding(users: int, above: Callable[[list[int]], float], damaged_for: int | None = None) -> Handler:
-    """Return a server that answers after 5 ms up to so many connections; with more, after what above returns. Once that
-    has happened, damaged_for is how many it still holds."""
-    present = [0, users]
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file for ``-f`` that makes the fixed pauses shorter."""
+    path = tmp_path_factory.mktemp("quick") / "quick.py"
+    path.write_text(QUICK)
+    return path
+
+
+def arguments(server: Server, more: str = "") -> list[str]:
+    """Return the arguments of a run with that server; more wins over LIMITS."""
+    bus = free_port()
+    ports = [f"--master-bind-port={bus}", f"--master-port={bus}"]
+    return [f"--host={server.address}", *ports, *LIMITS.split(), *more.split()]
+
+
+def documented() -> list[str]:
+    """Return the arguments of the command that the first lines show."""
+    source = (ROOT / "plugins/find_capacity.py").read_text("utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
+    program, *rest = shlex.split(text.split("\n\n")[1])
+    assert program == "locust"
+    return rest
+
+
+def answer(run: Program) -> str:
+    """Return the last line of a run; it must be the only one that says a capacity."""
+    assert "Traceback" not in run.output
+    assert len(re.findall("^capacity: ", run.output, re.MULTILINE)) == 1
+    return run.output.splitlines()[-1]
+
+
+def slow_above(users: int) -> Handler:
+    """Return a server that answers at once, and after 2 s while it has more connections."""
+    present: set[socket.socket] = set()
 
     def server(connection: socket.socket) -> None:
-        present[0] += 1
+        present.add(connection)
         try:
             for line in lines(connection):
-                gevent.sleep(0.005 if present[0] <= present[1] else above(present))
-                if present[0] > present[1] and damaged_for is not None:
-                    present[1] = damaged_for
+                if len(present) > users:
+                    gevent.sleep(2)
                 connection.sendall(line + b"\n")
         finally:
-            present[0] -= 1
+            present.discard(connection)
 
     return server
 
 
-def dropping_above(users: int) -> Handler:
-    """Return a server that hangs up on those who come when there are so many."""
-    present = [0]
+def damaged_above(users: int, afterwards: int) -> Handler:
+    """Return a server that cuts echoes while it has more connections, and then holds fewer."""
+    present: set[socket.socket] = set()
+    held = [users]
 
     def server(connection: socket.socket) -> None:
-        present[0] += 1
+        present.add(connection)
         try:
-            for line in lines(connection) if present[0] <= users else ():
-                gevent.sleep(0.005)
+            for line in lines(connection):
+                if len(present) > held[0]:
+                    held[0] = min(held[0], afterwards)
+                    line = line[:20]
                 connection.sendall(line + b"\n")
         finally:
-            present[0] -= 1
+            present.discard(connection)
 
     return server
 
 
-def one_at_a_time() -> Handler:
-    """Return a server that answers 28.6 messages a second at most, one after the other."""
-    free_at = [0.0]
-
-    def server(connection: socket.socket) -> None:
-        for line in lines(connection):
-            free_at[0] = max(free_at[0], time.monotonic()) + 0.035
-            gevent.sleep(free_at[0] - time.monotonic())
-            connection.sendall(line + b"\n")
-
-    return server
-
-
-def silent(connection: socket.socket) -> None:
-    for _ in lines(connection):
-        pass
-
-
-def slow(_present: list[int]) -> float:
-    return 0.3
-
-
-SCENARIOS: dict[str, tuple[Handler | None, str]] = {
-    "throughput": (one_at_a_time(), "--chat-wait=0 --processes=2 --capacity-step=3"),
-    "damaged": (holding(5, slow, damaged_for=3), "--chat-wait=0.05"),
-    "slow": (holding(5, slow), "--chat-wait=0.05 --capacity-max-fail-ratio=0"),
-    "dropping": (
-        dropping_above(5),
-        "--chat-wait=0 --capacity-max-fail-ratio=0.05 --capacity-step=5 --capacity-step-time=1",
-    ),
-    "unbroken": (echo, "--chat-wait=0.05"),
-    "silent": (silent, "--chat-timeout=0.2 --chat-wait=0"),
-    "nobody": (None, "--capacity-step-time=2.5"),
-    "exhausted": (holding(5, slow), "--chat-wait=0"),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Program]]:
-    """Return the runs of all scenarios, which go on side by side: they spend their time waiting."""
-    folder = tmp_path_factory.mktemp("quick")
-    (folder / "quick.py").write_text(QUICK)
-    (folder / "easily_exhausted.py").write_text(QUICK + "runners.CPU_WARNING_THRESHOLD = 0.1\n")
-    servers, programs = [], {}
-    for name, (handler, arguments) in SCENARIOS.items():
-        port = free_port()
-        if handler is not None:
-            servers.append(Server(handler))
-            port = servers[-1].port
-        quick = folder / ("easily_exhausted.py" if name == "exhausted" else "quick.py")
-        programs[name] = start_locust(quick, port, f"--headless {arguments}")
-    yield programs
-    for program in programs.values():
-        program.kill()
-    for server in servers:
-        server.stop()
-
-
-def start_locust(quick: Path | None, port: int, arguments: str) -> Program:
-    bus = str(free_port())
-    return Program(
-        *LOCUST,
-        *["-f", f"locustfile.py,examples/find_capacity.py{f',{quick}' if quick else ''}", f"--host=127.0.0.1:{port}"],
-        *[*LIMITS.split(), *arguments.split()],
-        LOCUST_MASTER_BIND_PORT=bus,
-        LOCUST_MASTER_NODE_PORT=bus,
+def test_the_documented_command_with_a_server_that_gets_slow_above_its_capacity(
+    start: Start, serve: Serve
+) -> None:
+    options = "--chat-wait=0.05 --capacity-step=4 --capacity-step-time=3 --capacity-max-users=8"
+    run = start(*LOCUST, *documented(), *arguments(serve(slow_above(5)), options))
+    assert run.ends() == 0
+    assert re.fullmatch(
+        r"capacity: 4 users, [\d.]+ messages a second "
+        r"\(95th percentile [\d.]+ ms, limit 1000 ms; failed 0 %, limit 1 %\); "
+        r"at 8 users 95th percentile [\d.]+ ms, limit 1000 ms",
+        answer(run),
     )
 
 
-def run_thrice(quick: Path) -> str:
-    """Start three runs of one Locust from its web UI; return what it has printed."""
-    server, port = Server(holding(3, slow)), free_port()
-    run = start_locust(quick, server.port, f"--web-host=127.0.0.1 --web-port={port} --chat-wait=0.05")
-    try:
-        run.prints("Starting web interface")
-        forms = {
-            "capacity_step=2": "2 users,",
-            "capacity_step=3&capacity_max_users=3": "at l",
-            "capacity_step=x": "unkn",
-        }
-        for form, expected in forms.items():
-            wait_until(functools.partial(asked, port, "swarm", form.encode()))
-            run.prints(f"\ncapacity: {expected}")
-            wait_until(lambda: b'"state":"stopped"' in asked(port, "stats/requests").replace(b" ", b""))
-        run.process.send_signal(signal.SIGTERM)
-        assert run.ends() == 1
-        return run.output
-    finally:
-        run.kill()
-        server.stop()
+def test_a_master_with_a_worker_that_has_its_files_from_it_and_a_server_that_stays_damaged(
+    start: Start, serve: Serve, quick: Path
+) -> None:
+    options = arguments(serve(damaged_above(5, afterwards=3)), "--chat-wait=0.05")
+    (port,) = [option for option in options if option.startswith("--master-port")]
+    options.remove(port)
+    worker = start(*LOCUST, "-f", "-", "--worker", port)
+    role = ("--headless", "--master", "--expect-workers=1")
+    master = start(*LOCUST, "-f", f"{FILES},{quick}", *role, *options)
+    assert (master.ends(), worker.ends()) == (0, 0)
+    line = answer(master)
+    assert line.startswith("capacity: 2 users, ")
+    assert re.search("; at 6 users failed .* %, limit 1 %$", line)
+
+
+def test_open_loop_in_two_processes(start: Start, serve: Serve, quick: Path) -> None:
+    options = "--headless --processes=2 --chat-rate=5 --capacity-step=3"
+    run = start(*LOCUST, "-f", f"{FILES},{quick}", *arguments(serve(echo), options))
+    assert run.ends() == 0
+    assert re.fullmatch(
+        r"capacity: at least 6 users × 5 = 30 messages a second due, [\d.]+ reached \(95th .*\); "
+        r"no limit was reached up to the upper bound",
+        answer(run),
+    )
+
+
+def test_where_nobody_listens_there_is_no_capacity(start: Start, serve: Serve, quick: Path) -> None:
+    server = serve(echo)
+    server.stop()
+    options = "--headless --chat-wait=0.05 --capacity-step-time=3"  # longer than all pauses
+    run = start(*LOCUST, "-f", f"{FILES},{quick}", *arguments(server, options))
+    assert run.ends() == 1
+    assert answer(run) == (
+        "capacity: none: at 2 users no message was echoed (failed 100 %, limit 1 %)"
+    )
+
+
+def test_run_after_run_from_the_web_ui_with_the_options_of_its_form(
+    start: Start, serve: Serve, quick: Path
+) -> None:
+    port = free_port()
+    options = f"--web-host=127.0.0.1 --web-port={port} --chat-wait=0.05"
+    server = serve(damaged_above(3, afterwards=3))
+    run = start(*LOCUST, "-f", f"{FILES},{quick}", *arguments(server, options))
+    run.prints("Starting web interface")
+    swarm(port, run, "capacity: 2 users,", capacity_step="2")
+    swarm(port, run, "capacity: at least 3 ", capacity_step="3", capacity_max_users="3")
+    swarm(port, run, "capacity: unknown: 'x' will not do: write a whole", capacity_step="x")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends() == 1
+    assert "Traceback" not in run.output
+
+
+def swarm(port: int, run: Program, expected: str, **form: str) -> None:
+    """Start a run from the web UI, and wait until it has said what is expected and has stopped."""
+    wait_until(lambda: asked(port, "swarm", urllib.parse.urlencode(form).encode()))
+    run.prints(f"\n{expected}")
+    wait_until(lambda: b'"state":"stopped"' in asked(port, "stats/requests"))
 
 
 def asked(port: int, path: str, data: bytes | None = None) -> bytes:
-    """Return what the web UI answers; nothing while it is not there yet."""
+    """Return what the web UI answers, without spaces; nothing while it is not there yet."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", data, 5) as response:
-            return bytes(response.read())
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", data, 60) as response:
+            return bytes(response.read()).replace(b" ", b"")
     except OSError:
         return b""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def web(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return what will be the output of the runs from the web UI, which go on beside the others."""
-    quick = tmp_path_factory.mktemp("web") / "quick.py"
-    quick.write_text(QUICK)
-    return gevent.spawn(run_thrice, quick)
-
-
-def answer(run: Program) -> tuple[int, str]:
-    """Return the exit code and the last line of a run; it must be the only one that says a capacity."""
-    code = run.ends()
-    assert "Traceback" not in run.output
-    assert len(re.findall("^capacity: ", run.output, re.MULTILINE)) == 1
-    return code, run.output.splitlines()[-1]
-
-
-def test_a_server_that_gets_slow_above_its_capacity(runs: dict[str, Program]) -> None:
-    code, line = answer(runs["slow"])
-    assert code == 0
-    assert re.fullmatch(
-        r"capacity: 4 users, [\d.]+ messages a second "
-        r"\(95th percentile [\d.]+ ms, limit 150 ms; failed 0 %, limit 0 %\); "
-        r"at 6 users 95th percentile 3\d\d ms, limit 150 ms",
-        line,
-    )
-
-
-def test_what_held_on_the_way_up_and_no_longer_holds_is_not_the_answer(runs: dict[str, Program]) -> None:
-    code, line = answer(runs["damaged"])
-    assert (code, line[:18], "; at 6 users 95th" in line) == (0, "capacity: 2 users,", True)
-
-
-def test_a_server_that_hangs_up_on_a_few_among_thousands_of_messages(runs: dict[str, Program]) -> None:
-    code, line = answer(runs["dropping"])
-    assert (code, line[:18]) == (0, "capacity: 5 users,")
-    assert re.search(r"; at 9 users \d+ times a connection was lost or refused, limit 0.05 a user$", line)
-    assert "Error report" in runs["dropping"].output
-
-
-def test_the_messages_a_second_of_a_server_with_a_limited_throughput_from_two_processes(
-    runs: dict[str, Program],
+@pytest.mark.parametrize(
+    ("option", "value", "instead"),
+    [
+        ("max-users", "0", "a whole number above 0"),
+        ("max-p95", "fast", "ms above 0"),
+        ("max-fail-ratio", "2", "0 to 1"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_says_what_to_write_instead(
+    start: Start, option: str, value: str, instead: str
 ) -> None:
-    code, line = answer(runs["throughput"])
-    match = re.match(r"capacity: 3 users, ([\d.]+) messages a second \(95th percentile 1\d\d ms", line)
-    assert code == 0 and match is not None, line
-    assert 25 < float(match[1]) < 30
-
-
-def test_a_server_that_never_breaks_within_the_upper_bound(runs: dict[str, Program]) -> None:
-    code, line = answer(runs["unbroken"])
-    assert (code, line[:27]) == (0, "capacity: at least 9 users,")
-    assert line.endswith("; no limit was reached up to the upper bound")
-
-
-@pytest.mark.parametrize("name", ["silent", "nobody"])
-def test_where_nothing_is_echoed_there_is_no_capacity(runs: dict[str, Program], name: str) -> None:
-    assert answer(runs[name]) == (1, "capacity: none: at 2 users no message was echoed (failed 100 %, limit 1 %)")
-
-
-def test_a_generator_without_processor_time_left_does_not_know_the_capacity(runs: dict[str, Program]) -> None:
-    code, line = answer(runs["exhausted"])
-    assert code == 1
-    assert re.match(r"capacity: unknown: at \d users the generator ran out of processor \(\d+ % of a core\)", line)
-
-
-def test_run_after_run_from_the_web_ui_with_the_options_of_its_form(runs: dict[str, Program], web: Any) -> None:
-    output = web.get(timeout=30)
-    answers = re.findall("^capacity: ((?:at least )?(?:\\d users,|unknown:))", output, re.MULTILINE)
-    assert answers == ["2 users,", "at least 3 users,", "unknown:"]
-    assert "unknown: 'x' will not do: write a whole number above 0" in output
-    assert "Traceback" not in output
-
-
-def test_wrong_values_are_one_line_that_says_what_to_write_instead() -> None:
-    wrong = {
-        "max-users=0": "write a whole number above 0",
-        "max-p95=fast": "write ms above 0",
-        "max-fail-ratio=2": "write 0 to 1",
-    }
-    runs = {text: start_locust(None, 1, f"--headless --capacity-{text}") for text in wrong}
-    for text, instead in wrong.items():
-        assert runs[text].ends() != 0
-        option, _, value = text.partition("=")
-        assert f"argument --capacity-{option}: {value!r} will not do: {instead}" in runs[text].output
-        assert len(runs[text].output.splitlines()) == 1
+    run = start(*LOCUST, "-f", FILES, "--headless", f"--capacity-{option}={value}")
+    assert run.ends() != 0
+    assert run.output.splitlines() == [
+        f"locust: error: argument --capacity-{option}: {value!r} will not do: write {instead}"
+    ]

@@ -1,114 +1,256 @@
-"""Bytes in, messages out, without a socket."""
+"""Bytes in, messages out, without a socket.
+
+What hypothesis tries is the same in every run, so that a failure elsewhere can be repeated.
+"""
 
 from __future__ import annotations
 
+import itertools
+import struct
+from collections.abc import Callable, Iterable
+
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from locustfile import MESSAGE_LIMIT, Framing, LengthPrefixFraming, LineFraming, MessageTooLong
+from locustfile import (
+    MESSAGE_LIMIT,
+    CrlfFraming,
+    Framing,
+    LengthPrefixFraming,
+    LineFraming,
+    MessageTooLong,
+    RawFraming,
+    parse_framing,
+)
 
-TEXTS = ["hello", "", "안녕하세요 👋", "x" * 600, "last"]
-PAYLOADS = [text.encode() for text in TEXTS]
-FORMATS = ["line", ">I", "<H", "!Q", ">H", "<L"]
+FORMATS = [order + size for order in ("", "@", "=", "<", ">", "!") for size in "BHILQ"]
+LINES = ["line", "crlf"]
+FRAMINGS = [*LINES, *FORMATS]
+
+any_case = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+
+# Bytes that mean something to a framing come often.
+payloads = st.one_of(
+    st.binary(max_size=40),
+    st.text(max_size=20).map(str.encode),
+    st.lists(st.sampled_from([b"\r", b"\n", b"\0", b"\1", b"\xff", b"a"])).map(b"".join),
+    st.integers(200, 300).map(lambda size: b"x" * size),  # about what one byte of length can say
+)
 
 
 def new_framing(name: str) -> Framing:
-    return LineFraming() if name == "line" else LengthPrefixFraming(name)
+    return parse_framing(name)()
 
 
-def stream(name: str) -> bytes:
+def carried(framing: Framing, candidates: Iterable[bytes]) -> tuple[list[bytes], bytes]:
+    """Return the payloads that a framing takes, and the stream that it makes of them."""
+    taken = []
+    stream = b""
+    for payload in candidates:
+        try:
+            stream += framing.encode(payload)
+        except ValueError:
+            continue
+        taken.append(payload)
+    return taken, stream
+
+
+def pieces(stream: bytes, cuts: Iterable[int]) -> list[bytes]:
+    """Return a stream, cut at these places; an empty piece is no read, and left out."""
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    parts = [stream[start:end] for start, end in itertools.pairwise(places)]
+    return [part for part in parts if part]
+
+
+def fed(framing: Framing, parts: Iterable[bytes]) -> list[bytes]:
+    """Return the payloads that come out where these parts go in."""
+    return [payload for part in parts for payload in framing.feed(part)]
+
+
+# ------------------------------------------------------------------------- any messages, any cuts
+
+
+@pytest.mark.parametrize("name", FRAMINGS)
+@any_case
+@given(candidates=st.lists(payloads, max_size=8), cuts=st.lists(st.integers(0, 400), max_size=12))
+def test_what_encode_takes_comes_out_of_feed_wherever_the_stream_is_cut(
+    name: str, candidates: list[bytes], cuts: list[int]
+) -> None:
+    taken, stream = carried(new_framing(name), candidates)
+    assert fed(new_framing(name), pieces(stream, cuts)) == taken
+
+
+@pytest.mark.parametrize("name", FRAMINGS)
+def test_a_small_stream_gives_the_same_messages_for_every_two_cuts(name: str) -> None:
+    taken, stream = carried(new_framing(name), [b"hello", b"", "안녕".encode(), b"a\rb", b"\0"])
+    assert len(taken) == 5
+    for first in range(len(stream) + 1):
+        for second in range(first, len(stream) + 1):
+            assert fed(new_framing(name), pieces(stream, [first, second])) == taken
+
+
+@any_case
+@given(reads=st.lists(st.binary(min_size=1), max_size=8))
+def test_raw_takes_each_read_for_a_message(reads: list[bytes]) -> None:
+    framing = RawFraming()
+    assert [framing.encode(read) for read in reads] == reads
+    assert fed(framing, reads) == reads
+
+
+@pytest.mark.parametrize("name", FRAMINGS)
+@any_case
+@given(first=payloads, second=payloads)
+def test_a_message_is_given_as_soon_as_its_last_byte_is_there(
+    name: str, first: bytes, second: bytes
+) -> None:
     framing = new_framing(name)
-    return b"".join(framing.encode(payload) for payload in PAYLOADS)
+    taken, _ = carried(framing, [first, second])
+    for payload in taken:
+        encoded = framing.encode(payload)
+        assert fed(framing, filter(None, [encoded[:-1]])) == []
+        assert fed(framing, [encoded[-1:]]) == [payload]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_stream_in_one_piece_gives_all_messages(name: str) -> None:
-    assert list(new_framing(name).feed(stream(name))) == PAYLOADS
+# -------------------------------------------------------------------------------------- any garbage
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_stream_byte_by_byte_gives_all_messages(name: str) -> None:
+@pytest.mark.parametrize("name", FRAMINGS)
+@any_case
+@given(reads=st.lists(st.one_of(payloads, st.binary(max_size=200)), max_size=20))
+def test_garbage_gives_messages_that_are_in_it_or_is_too_long_and_nothing_else(
+    name: str, reads: list[bytes]
+) -> None:
     framing = new_framing(name)
-    data = stream(name)
-    assert [p for i in range(len(data)) for p in framing.feed(data[i : i + 1])] == PAYLOADS
+    messages: list[bytes] = []
+    try:
+        for read in reads:
+            messages += framing.feed(read)
+    except MessageTooLong:
+        pass
+    garbage = b"".join(reads)
+    position = 0
+    for message in messages:
+        position = garbage.find(message, position) + len(message)
+        assert position >= len(message)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_stream_cut_anywhere_gives_all_messages(name: str) -> None:
-    data = stream(name)
-    for cut in range(len(data) + 1):
-        framing = new_framing(name)
-        assert [*framing.feed(data[:cut]), *framing.feed(data[cut:])] == PAYLOADS
+@any_case
+@given(reads=st.lists(payloads))
+def test_lines_are_what_splitting_at_line_feeds_gives(reads: list[bytes]) -> None:
+    *complete, _ = b"".join(reads).split(b"\n")
+    expected = [line.removesuffix(b"\r") for line in complete]
+    assert fed(LineFraming(), filter(None, reads)) == expected
 
 
-def test_a_message_is_given_as_soon_as_its_last_byte_is_there() -> None:
-    line, prefix = LineFraming(), LengthPrefixFraming(">H")
-    assert list(line.feed(b"a\nb")) == [b"a"]
-    assert list(line.feed(b"c\n")) == [b"bc"]
-    assert list(prefix.feed(b"\0\1a\0\2b")) == [b"a"]
-    assert list(prefix.feed(b"c")) == [b"bc"]
+@pytest.mark.parametrize("name", ["line", "crlf", "B", "<H", ">I", "!Q"])
+@settings(any_case, max_examples=10)
+@given(noise=st.binary(min_size=1, max_size=65536))
+@example(noise=b"\xff")  # no line feed, and a length over the limit
+def test_however_long_garbage_goes_on_no_more_than_a_message_is_kept(
+    name: str, noise: bytes
+) -> None:
+    framing = new_framing(name)
+    block = noise * (65536 // len(noise))
+    kept = 0
+    try:
+        while kept < 2 * MESSAGE_LIMIT and framing_has_room(framing, block):
+            kept += len(block)
+    except MessageTooLong:
+        pass
+    assert kept <= MESSAGE_LIMIT + 1
 
 
-def test_a_carriage_return_before_the_delimiter_is_dropped_also_when_cut_from_it() -> None:
-    framing = LineFraming()
-    assert list(framing.feed(b"a\r\nb\rc\r")) == [b"a"]
-    assert list(framing.feed(b"\n\r\n")) == [b"b\rc", b""]
+def framing_has_room(framing: Framing, block: bytes) -> bool:
+    """Feed a block; return whether all of it is kept, as no message came out."""
+    return not fed(framing, [block])
 
 
-@pytest.mark.parametrize("size", [1, 65536])
-def test_a_line_of_the_limit_passes_and_one_byte_more_does_not(size: int) -> None:
-    data = b"x" * MESSAGE_LIMIT + b"\r\n"
-    framing = LineFraming()
-    assert [len(p) for i in range(0, len(data), 65536) for p in framing.feed(data[i : i + 65536])] == [MESSAGE_LIMIT]
-    framing = LineFraming()
-    flood = b"x" * (MESSAGE_LIMIT + 2)
+# -------------------------------------------------------------------------------------- the limits
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("size", [4096, 65536, 2 * MESSAGE_LIMIT])
+def test_a_line_of_the_limit_passes_and_two_bytes_more_do_not(
+    name: str, ending: bytes, size: int
+) -> None:
+    allowed = b"x" * MESSAGE_LIMIT + ending
+    too_long = b"x" * (MESSAGE_LIMIT + 2) + ending
+    cuts = range(0, len(too_long), size)
+    assert fed(new_framing(name), pieces(allowed, cuts)) == [b"x" * MESSAGE_LIMIT]
     with pytest.raises(MessageTooLong):
-        [framing.feed(flood[i : i + size]) for i in range(0, len(flood), size)]
+        fed(new_framing(name), pieces(too_long, cuts))
 
 
-def test_a_line_over_the_limit_that_ends_in_the_same_read_does_not_pass() -> None:
-    framing = LineFraming()
-    assert list(framing.feed(b"x" * MESSAGE_LIMIT)) == []
+@pytest.mark.parametrize("name", [name for name in FORMATS if name[-1] in "ILQ"])
+def test_a_length_of_the_limit_passes_and_one_more_fails_before_its_payload_comes(
+    name: str,
+) -> None:
+    framing = LengthPrefixFraming(name)
+    largest = b"x" * MESSAGE_LIMIT
+    assert fed(framing, [framing.encode(largest)]) == [largest]
     with pytest.raises(MessageTooLong):
-        list(framing.feed(b"xxx\n"))
-    with pytest.raises(MessageTooLong):
-        LineFraming().feed(b"x" * (MESSAGE_LIMIT + 2) + b"\n")
-    for end in (b"\n", b"\r\n"):
-        assert [len(p) for p in LineFraming().feed(b"x" * MESSAGE_LIMIT + end)] == [MESSAGE_LIMIT]
+        fed(framing, [struct.pack(name, MESSAGE_LIMIT + 1)])
 
 
-def test_a_length_of_the_limit_passes_and_one_more_fails_before_its_payload_comes() -> None:
-    framing = LengthPrefixFraming(">I")
-    assert [len(p) for p in framing.feed(framing.encode(b"x" * MESSAGE_LIMIT))] == [MESSAGE_LIMIT]
-    with pytest.raises(MessageTooLong):
-        list(framing.feed((MESSAGE_LIMIT + 1).to_bytes(4, "big")))
-
-
-def test_messages_before_a_length_over_the_limit_are_still_given() -> None:
-    framing = LengthPrefixFraming(">I")
-    payloads = iter(framing.feed(framing.encode(b"good") + b"\xff\xff\xff\xff"))
+@pytest.mark.parametrize(
+    ("framing", "too_long"),
+    [
+        (LineFraming, b"x" * (MESSAGE_LIMIT + 2)),
+        (lambda: LengthPrefixFraming(">I"), b"\xff\xff\xff\xff"),
+    ],
+)
+def test_messages_before_one_that_is_too_long_are_still_given(
+    framing: Callable[[], Framing], too_long: bytes
+) -> None:
+    payloads = iter(framing().feed(framing().encode(b"good") + too_long))
     assert next(payloads) == b"good"
     with pytest.raises(MessageTooLong):
         next(payloads)
 
 
+def test_many_messages_of_the_limit_can_follow_each_other() -> None:
+    largest = b"x" * MESSAGE_LIMIT
+    for name in ("line", ">I"):
+        framing = new_framing(name)
+        stream = framing.encode(largest) * 3
+        assert fed(framing, pieces(stream, range(0, len(stream), 65536))) == [largest] * 3
+
+
+# ---------------------------------------------------------------------------------------- encode
+
+
 @pytest.mark.parametrize("payload", [b"two\nlines", b"\n", b"end\r"])
-def test_a_line_break_cannot_be_sent_in_a_line(payload: bytes) -> None:
+@pytest.mark.parametrize("framing", [LineFraming, CrlfFraming])
+def test_a_line_break_cannot_be_sent_in_a_line(
+    framing: Callable[[], Framing], payload: bytes
+) -> None:
     with pytest.raises(ValueError, match="line framing carries no line break"):
-        LineFraming().encode(payload)
+        framing().encode(payload)
 
 
-def test_a_payload_longer_than_its_prefix_can_say_cannot_be_sent() -> None:
-    framing = LengthPrefixFraming("<H")
-    assert len(framing.encode(b"x" * 65535)) == 65537
+@pytest.mark.parametrize(("name", "longest"), [("B", 255), ("<H", 65535)])
+def test_a_payload_longer_than_its_prefix_can_say_cannot_be_sent(name: str, longest: int) -> None:
+    framing = LengthPrefixFraming(name)
+    assert framing.encode(b"x" * longest).endswith(b"x" * longest)
     with pytest.raises(ValueError, match="longer than its length prefix"):
-        framing.encode(b"x" * 65536)
+        framing.encode(b"x" * (longest + 1))
 
 
-def test_byte_orders_differ() -> None:
-    assert LengthPrefixFraming(">I").encode(b"ab") == b"\0\0\0\2ab"
-    assert LengthPrefixFraming("<I").encode(b"ab") == b"\2\0\0\0ab"
-
-
-def test_raw_takes_each_read_for_a_message() -> None:
-    assert Framing().encode(b"a\nb") == b"a\nb"
-    assert list(Framing().feed(b"a\nb")) == [b"a\nb"]
+@pytest.mark.parametrize(
+    ("name", "encoded"),
+    [
+        ("line", b"ab\n"),
+        ("crlf", b"ab\r\n"),
+        ("raw", b"ab"),
+        ("B", b"\2ab"),
+        (">H", b"\0\2ab"),
+        ("<H", b"\2\0ab"),
+        (">I", b"\0\0\0\2ab"),
+        ("<I", b"\2\0\0\0ab"),
+        ("!Q", b"\0\0\0\0\0\0\0\2ab"),
+    ],
+)
+def test_this_is_what_goes_over_the_wire(name: str, encoded: bytes) -> None:
+    assert new_framing(name).encode(b"ab") == encoded

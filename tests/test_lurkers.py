@@ -1,74 +1,173 @@
-"""``examples/lurkers.py``: users that only listen, and users that come and go."""
+"""``plugins/lurkers.py``: users that only listen, and users that come and go."""
 
 from __future__ import annotations
 
+import locust  # isort: skip  # replaces blocking calls with gevent's
+
+import inspect
 import re
+import shlex
 import signal
 import socket
 import sys
+import textwrap
 from argparse import Namespace
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from conftest import LOCUST, ROOT, Program, Rows, Server, echo, lines, wait_until
 from locust.env import Environment
 from locust.event import Events
-from test_command import quiet, rows_of
+from programs import LOCUST, ROOT, Program, wait_until
+from rows import Rows
+from servers import Server, echo, free_port, lines
 
-sys.path.insert(0, str(ROOT / "examples"))
-from lurkers import Lurker
+import locustfile
+
+sys.path.insert(0, str(ROOT / "plugins"))
+import lurkers
 
 Serve = Callable[..., Server]
 Start = Callable[..., Program]
-COMMAND = (*LOCUST, "-f", "examples/lurkers.py", "--headless", "--users=10", "--spawn-rate=100")
+Run = Callable[..., Environment]
 
 
-@pytest.mark.parametrize(("framing", "prefix", "end"), [("line", b"", b"\r\n"), (">H", b"\0\7", b"")])
-def test_lurkers_hold_their_connections_and_count_what_comes(
-    start: Start, serve: Serve, framing: str, prefix: bytes, end: bytes
-) -> None:
+class KimUser(locustfile.TCPChatUser):
+    """Logs in, chats, and answers the server's pings."""
+
+    abstract = True
+
+    def on_connect(self) -> None:
+        self.client.send_chat("/login Kim", echo="any")
+
+    def on_message(self, payload: bytes, arrived: float) -> None:
+        if payload == b"PING":
+            self.client.send_chat(b"PONG", echo="none")
+
+    @locust.task
+    def chat(self) -> None:
+        self.client.send_chat("Hello!")
+
+
+def documented(name: str) -> list[str]:
+    """Return the command of the plugin's first lines that runs this class, with ten users."""
+    text = (lurkers.__doc__ or "").replace("\\\n", "")
+    command = next(line for line in text.splitlines() if f"lurkers.py {name} " in line)
+    return shlex.split(re.sub(r"--users=\d+", "--users=10", command))[1:]
+
+
+def counts(output: str) -> dict[str, tuple[int, int]]:
+    """Return requests and failures by name, out of the last table that Locust printed."""
+    found = re.findall(r"^TCP +(\w+) +(\d+) +(\d+)\(", output, re.MULTILINE)
+    return {name: (int(requests), int(failures)) for name, requests, failures in found}
+
+
+@pytest.fixture
+def run(rows: Rows) -> Iterator[Run]:
+    """Return a function that runs three users of a class until the test ends."""
+    environments: list[Environment] = []
+
+    def start(user_class: type[locust.User], address: str, **options: str) -> Environment:
+        environment = Environment(
+            user_classes=[user_class],
+            host=address,
+            events=Events(),
+            parsed_options=Namespace(**options),
+        )
+        environment.events.request.add_listener(lambda **row: rows.append(row))
+        environments.append(environment)
+        environment.create_local_runner().start(3, spawn_rate=100)
+        return environment
+
+    yield start
+    for environment in environments:
+        assert environment.runner is not None
+        environment.runner.quit()
+
+
+def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve: Serve) -> None:
     received: list[bytes] = []
 
     def server(connection: socket.socket) -> None:
-        connection.sendall((prefix + b"welcome" + end) * 2 + prefix[:1] + b"welcome"[:1] * (not prefix))
+        connection.sendall(b"welcome\r\nwelcome\r\nwel")
         wait_until(lambda: listening.open == 10)
-        connection.sendall(prefix[1:] + b"welcome"[not prefix :] + end + prefix)
+        connection.sendall(b"come\r\nnot complete")
         received.append(connection.recv(65536))
 
     listening = serve(server)
-    options = f"--host={listening.address} --chat-framing={framing} --run-time=1s"
-    running = start(*COMMAND, "Lurker", *options.split())
-    wait_until(lambda: listening.open == listening.opened == 10)
+    running = start(*LOCUST, *documented("Lurker"), f"--host={listening.address}")
+    wait_until(lambda: counts(running.output).get("received") == (30, 0))
+    running.process.send_signal(signal.SIGTERM)
     assert running.ends() == 0
-    assert rows_of(running.output) == {"connect": (10, 0), "received": (30, 0)}
-    assert quiet(running.output)
+    assert listening.opened == 10
+    assert counts(running.output) == {"connect": (10, 0), "received": (30, 0)}
     assert received == [b""] * 10
-    sizes = re.search(r"TCP +received.*?\| +(\d+) +(\d+) +(\d+)", running.output)
-    assert sizes and set(sizes.groups()) == {"0"}  # no times
 
 
-def test_a_lurker_can_still_talk_as_in_a_login(serve: Serve, rows: Rows) -> None:
-    environment = Environment(host=serve(echo).address, events=Events(), parsed_options=Namespace())
-    environment.events.request.add_listener(lambda **row: rows.append(row))
-    lurker = Lurker(environment)
-    assert lurker.client.send_chat("/login", echo="any") == "/login"
-    wait_until(lambda: rows.named("received"))
-    assert [(row["response_length"], row["response_time"]) for row in rows.named("received")] == [(6, None)]
-    lurker.client.close()
-
-
-def test_a_lurker_whose_server_hangs_up_reports_it_and_connects_again(start: Start, serve: Serve) -> None:
+def test_what_a_lurker_hears_has_a_size_and_no_time(run: Run, serve: Serve, rows: Rows) -> None:
     def server(connection: socket.socket) -> None:
-        if listening.opened > 10:
+        connection.sendall(b"\0\7welcome")
+        connection.recv(1)
+
+    run(lurkers.Lurker, serve(server).address, chat_framing=">H")
+    wait_until(lambda: len(rows.named("received")) == 3)
+    for row in rows.named("received"):
+        assert row["response_length"] == 7
+        assert row["response_time"] is None
+
+
+def test_a_lurker_whose_server_hangs_up_reports_it_and_connects_again(
+    run: Run, serve: Serve, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        if listening.opened > 3:
             connection.recv(1)
 
     listening = serve(server)
-    running = start(*COMMAND, "Lurker", f"--host={listening.address}", "--chat-wait=0.1")
-    wait_until(lambda: listening.open == 10 and listening.opened == 20)
-    running.process.send_signal(signal.SIGTERM)
-    assert running.ends() == 1
-    assert rows_of(running.output) == {"connect": (20, 0), "disconnect": (10, 10)}
-    assert "TCP disconnect: ConnectionClosed('The server closed the connection.')" in running.output
+    run(lurkers.Lurker, listening.address, chat_wait="0.1")
+    wait_until(lambda: listening.open == 3 and listening.opened == 6)
+    wait_until(lambda: rows.counts() == {"connect": 6, "disconnect: ConnectionClosed": 3})
+
+
+def test_a_user_with_a_login_lurks_and_visits_without_the_tasks_of_its_base_class(
+    run: Run, serve: Serve, rows: Rows
+) -> None:
+    """The classes are those of the plugin's first lines."""
+    example = (lurkers.__doc__ or "").rpartition("::\n")[2]
+    names = {"lurkers": lurkers, "KimUser": KimUser}
+    exec(textwrap.dedent(example), names)
+    heard: Counter[bytes] = Counter()
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            heard[line.partition(b"] ")[2] or line] += 1
+            if line == b"/login Kim":
+                connection.sendall(b"Welcome, Kim!\nPING\n")
+            elif line != b"PONG":
+                connection.sendall(line + b"\n")
+
+    address = serve(server).address
+    run(names["QuietKim"], address, chat_wait="0.01")
+    wait_until(lambda: heard == {b"/login Kim": 3, b"PONG": 3})
+    wait_until(lambda: len(rows.named("received")) == 3)
+    assert set(rows.counts()) == {"connect", "send_chat", "login", "received"}
+    rows.clear()
+    run(names["VisitingKim"], address, chat_wait="0.01")
+    wait_until(lambda: len(rows.named("echo_response")) > 10)
+    assert set(rows.counts()) == {"connect", "send_chat", "login", "echo_response"}
+    assert b"Hello!" not in heard
+
+
+def test_a_lurker_that_overrides_stay_says_something_now_and_then(run: Run, serve: Serve) -> None:
+    class Pinging(lurkers.Lurker):
+        def stay(self) -> None:
+            super().stay()
+            self.client.send_chat("/ping", echo="none")
+
+    heard: list[bytes] = []
+    run(Pinging, serve(lambda connection: heard.extend(lines(connection))).address, chat_wait="0.1")
+    wait_until(lambda: heard.count(b"/ping") > 6)
 
 
 def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, serve: Serve) -> None:
@@ -82,12 +181,45 @@ def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, ser
         messages.append(said)
 
     listening = serve(server)
-    options = "--chat-wait=0 --run-time=1s --stop-timeout=5"
-    running = start(*COMMAND, "Visitor", f"--host={listening.address}", *options.split())
+    command = (*LOCUST, *documented("Visitor"), f"--host={listening.address}", "--stop-timeout=60")
+    running = start(*command)
+    wait_until(lambda: listening.opened > 100)
+    running.process.send_signal(signal.SIGTERM)
     assert running.ends() == 0
-    assert quiet(running.output)
-    rows = rows_of(running.output)
     wait_until(lambda: listening.open == 0)
-    assert listening.opened > 200
-    assert rows == {name: (listening.opened, 0) for name in ("connect", "send_chat", "echo_response")}
+    visits = (listening.opened, 0)
+    rows = counts(running.output)
+    assert rows == {"connect": visits, "send_chat": visits, "echo_response": visits}
     assert messages == [1] * listening.opened
+
+
+def test_a_visitor_waits_for_its_echo_in_open_loop_too(run: Run, serve: Serve, rows: Rows) -> None:
+    run(lurkers.Visitor, serve(echo).address, chat_rate="20")
+    wait_until(lambda: len(rows.named("echo_response")) > 6)
+
+
+def test_a_worker_gets_the_plugin_from_its_master(
+    start: Start, serve: Serve, tmp_path: Path
+) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"welcome\n")
+        connection.recv(1)
+
+    listening = serve(server)
+    bus = free_port()
+    users = f"--headless --expect-workers=1 --users=4 --spawn-rate=4 --host={listening.address}"
+    files = ("-f", "locustfile.py,plugins/lurkers.py", "Lurker")
+    master = start(*LOCUST, *files, "--master", f"--master-bind-port={bus}", *users.split())
+    worker = start(*LOCUST, "-f", "-", "--worker", f"--master-port={bus}", cwd=tmp_path)
+    wait_until(lambda: listening.open == 4)
+    wait_until(lambda: counts(master.output).get("received") == (4, 0))
+    master.process.send_signal(signal.SIGTERM)
+    assert master.ends() == 0
+    assert worker.ends() == 0
+    assert counts(master.output) == {"connect": (4, 0), "received": (4, 0)}
+
+
+def test_the_plugin_lists_no_user_class_but_its_two() -> None:
+    classes = inspect.getmembers(lurkers, inspect.isclass)
+    concrete = [name for name, item in classes if not getattr(item, "abstract", True)]
+    assert concrete == ["Lurker", "Visitor"]

@@ -8,8 +8,9 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from conftest import LOCUST, STANDALONE, Program, Rows, free_port, program, wait_until
-from test_command import quiet, rows_of
+from programs import LOCUST, STANDALONE, Program, program, quiet, rows_of, wait_until
+from rows import Rows
+from servers import free_port
 
 from locustfile import TCPSocketClient
 
@@ -25,6 +26,24 @@ def listen(start: Start, command: str) -> int:
     return port
 
 
+def latest_counts(running: Program, name: str) -> tuple[int, int]:
+    """Return requests and failures of a row in the last table that a run has printed."""
+    found = re.findall(rf"^TCP +{name} +(\d+) +(\d+)\(", running.output, re.MULTILINE)
+    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+
+def successes(running: Program, name: str) -> int:
+    """Return how many requests of a row have succeeded so far."""
+    requests, failures = latest_counts(running, name)
+    return requests - failures
+
+
+def stopped(running: Program) -> int:
+    """Stop the run in good order; return its exit code."""
+    running.process.send_signal(signal.SIGTERM)
+    return running.ends()
+
+
 SERVERS = {
     "ncat": "ncat --verbose --listen --keep-open 127.0.0.1 PORT --exec /bin/cat",
     "socat": "socat -d -d TCP-LISTEN:PORT,bind=127.0.0.1,fork,reuseaddr,backlog=100 PIPE",
@@ -35,11 +54,16 @@ ROOM = "ncat --verbose --listen --chat 127.0.0.1 PORT"
 @pytest.mark.parametrize("name", SERVERS)
 def test_a_load_on_an_echo_server(start: Start, name: str) -> None:
     port = listen(start, SERVERS[name])
-    arguments = "--headless --users=10 --spawn-rate=10 --run-time=2s --chat-wait=0.1"
+    arguments = "--headless --users=10 --spawn-rate=10 --chat-wait=0.1"
     running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
-    assert running.ends() == 0
+    wait_until(lambda: latest_counts(running, "echo_response")[0] > 30)
+    assert stopped(running) == 0
     rows = rows_of(running.output)
-    assert rows["connect"] == (10, 0) and rows["echo_response"][0] > 30 and rows["echo_response"][1] == 0
+    assert (
+        rows["connect"] == (10, 0)
+        and rows["echo_response"][0] > 30
+        and rows["echo_response"][1] == 0
+    )
     assert quiet(running.output)
 
 
@@ -66,9 +90,10 @@ def test_a_room_that_does_not_echo_shows_other_peoples_messages_and_none_is_take
 
 def test_a_room_is_loaded_without_waiting_for_echoes(start: Start) -> None:
     port = listen(start, ROOM)
-    arguments = "--headless --users=8 --spawn-rate=8 --run-time=2s --chat-wait=0.2 --chat-echo=none"
+    arguments = "--headless --users=8 --spawn-rate=8 --chat-wait=0.2 --chat-echo=none"
     running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
-    assert running.ends() == 0
+    wait_until(lambda: latest_counts(running, "send_chat")[0] > 25)
+    assert stopped(running) == 0
     rows = rows_of(running.output)
     assert set(rows) == {"connect", "send_chat"}
     assert rows["send_chat"][0] > 25
@@ -82,15 +107,12 @@ def test_a_real_server_that_is_killed_and_started_again_is_loaded_again(start: S
     arguments = "--headless --users=5 --spawn-rate=5 --chat-wait=0.1"
     running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
 
-    def connects() -> tuple[int, int]:
-        found = re.findall(r"^TCP +connect +(\d+) +(\d+)\(", running.output, re.MULTILINE)
-        return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
-
     running.prints("echo_response")
     server.kill()
-    wait_until(lambda: connects()[1] > 0)
+    wait_until(lambda: latest_counts(running, "connect")[1] > 0)
     start(*command)
-    wait_until(lambda: connects()[0] - connects()[1] >= 10)  # each user once more
-    running.process.send_signal(signal.SIGINT)
-    assert running.ends() == 1
+    wait_until(lambda: successes(running, "connect") >= 10)  # each user once more
+    echoes = successes(running, "echo_response")
+    wait_until(lambda: successes(running, "echo_response") > echoes)
+    assert stopped(running) == 1
     assert "Traceback" not in running.output

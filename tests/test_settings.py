@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-import subprocess
+import ast
+import logging
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LOCUST, ROOT, STANDALONE, Server, echo, environment_variables, free_port
 from locust import between, events
 from locust.argument_parser import get_parser
 from locust.env import Environment
+from programs import LOCUST, ROOT, STANDALONE, Program
+from servers import Server, echo, free_port
 
 import locustfile
-from locustfile import ChatClient, LineFraming, SettingError, TCPChatUser, TCPSocketClient, parse_address
+from locustfile import (
+    ChatClient,
+    CrlfFraming,
+    LengthPrefixFraming,
+    LineFraming,
+    Pause,
+    RawFraming,
+    SettingError,
+    TCPChatUser,
+    parse_address,
+    parse_framing,
+    parse_pause,
+    parse_port,
+    parse_rate,
+    parse_sources,
+    parse_timeout,
+    settings_of,
+)
+
+Start = Callable[..., Program]
+Serve = Callable[..., Server]
 
 LABEL = "x" * 64
+
+
+@pytest.fixture(autouse=True)
+def keep_logging() -> Iterator[None]:
+    """Turn logging on again, which ``prepare`` turns off for good before it ends Locust."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize(
@@ -40,30 +70,95 @@ def test_an_address_is_understood(host: str, port: str | None, address: tuple[st
     assert parse_address("tls://" + host.strip().removeprefix("tcp://"), port) == (*address, True)
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        *("", None, " ", ":12345", "localhost", "localhost:", "localhost:0", "localhost:65536", "localhost:-1"),
-        *("localhost:12345x", "localhost:٣", "localhost:1e3", "localhost:+1", "localhost:012345", "localhost: 12345"),
-        *("http://localhost:12345", "https://localhost", "tcp:localhost:12345", "localhost:12345/", "a b:12345"),
-        *(
-            "tcp://",
-            "tcp://tcp://a:1",
-            "tls://tcp://a:1",
-            "TLS://a:1",
-            "::1",
-            "::1:12345",
-            "[::1]",
-            "[::1]12345",
-            "[]:12345",
-            "[localhost:12345",
-        ),
-        *("user@localhost:12345", "a..b:12345", f"{LABEL}:12345", "localhost:123456789", "a:1:2", "ftp://a:1"),
-    ],
-)
+WRONG_HOSTS = [
+    *("", None, " ", ":12345", "localhost", "localhost:", "localhost:0", "localhost:65536"),
+    *("localhost:-1", "localhost:12345x", "localhost:٣", "localhost:1e3", "localhost:+1"),
+    *("localhost:012345", "localhost: 12345", "http://localhost:12345", "https://localhost"),
+    *("tcp:localhost:12345", "localhost:12345/", "a b:12345", "tcp://", "tcp://tcp://a:1"),
+    *("tls://tcp://a:1", "TLS://a:1", "::1", "::1:12345", "[::1]", "[::1]12345", "[]:12345"),
+    *("[localhost:12345", "user@localhost:12345", "a..b:12345", f"{LABEL}:12345"),
+    *("localhost:123456789", "a:1:2", "ftp://a:1"),
+]
+
+
+@pytest.mark.parametrize("host", WRONG_HOSTS)
 def test_a_wrong_address_is_one_line_that_says_what_to_write_instead(host: str | None) -> None:
     with pytest.raises(SettingError, match=r"will not do: write [^\n]*$"):
         parse_address(host)
+
+
+@pytest.mark.parametrize(
+    ("text", "pause"),
+    [("0", (0, 0)), ("2", (2, 2)), ("0.5", (0.5, 0.5)), ("0.5-2", (0.5, 2)), ("3-3", (3, 3))],
+)
+def test_a_pause_is_one_number_or_two(text: str, pause: tuple[float, float]) -> None:
+    assert parse_pause(text) == Pause(*pause)
+
+
+@pytest.mark.parametrize(
+    "text", ["3-1", "-1", "1-", "-", "1-2-3", "1 - 2", "soon", "1e3", "inf", ""]
+)
+def test_a_pause_that_is_none_or_runs_backwards_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"write seconds, such as 2, 0\.5-2 or 0"):
+        parse_pause(text)
+
+
+@pytest.mark.parametrize(("text", "rate"), [("1", 1), ("0.1", 0.1), ("250", 250), ("1.50", 1.5)])
+def test_a_rate_is_a_number_above_0(text: str, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", "-1", "1-2", "1/s", "1e3", "inf", "nan", "٣", "1."])
+def test_any_other_rate_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"write messages a second above 0, such as 2 or 0\.1"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "5s", "1-2"])
+def test_a_timeout_that_is_not_above_0_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="write seconds above 0"):
+        parse_timeout(text)
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "-1", "x", "1.5", ""])
+def test_a_port_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="write a port from 1 to 65535"):
+        parse_port(text)
+
+
+def test_sources_are_addresses_with_commas_between_them() -> None:
+    assert parse_sources("127.0.0.1") == ("127.0.0.1",)
+    assert parse_sources("127.0.0.1,127.0.0.2,::1") == ("127.0.0.1", "127.0.0.2", "::1")
+
+
+@pytest.mark.parametrize("text", ["localhost", "127.0.0.1,", "127.0.0.1, 127.0.0.2", "127.0.0.256"])
+def test_sources_that_are_no_addresses_are_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"such as 127\.0\.0\.1,127\.0\.0\.2"):
+        parse_sources(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("line", LineFraming),
+        ("crlf", CrlfFraming),
+        ("raw", RawFraming),
+        (">I", LengthPrefixFraming),
+        ("<H", LengthPrefixFraming),
+        ("B", LengthPrefixFraming),
+    ],
+)
+def test_a_framing_has_a_name(name: str, kind: type) -> None:
+    assert type(parse_framing(name)()) is kind
+
+
+@pytest.mark.parametrize("name", ["lines", "CRLF", ">i", ">II", "4s", "", None, 3])
+def test_another_name_of_a_framing_is_refused(name: object) -> None:
+    with pytest.raises(SettingError, match=r"write line \(default\), crlf, raw, or a prefix"):
+        parse_framing(name)
+
+
+# ------------------------------------------------------------------------- what wins over what
 
 
 def given(*arguments: str) -> Environment:
@@ -72,8 +167,112 @@ def given(*arguments: str) -> Environment:
     return Environment(events=events, host=options.host, parsed_options=options)
 
 
+class Own(TCPChatUser):
+    """A class with settings of its own."""
+
+    abstract = True
+    host = "localhost:1"
+    framing = ">I"
+    echo = "tag"
+    timeout = 2
+    wait_time = between(7, 7)
+
+
+def test_without_options_the_class_decides() -> None:
+    settings = settings_of(Own, given())
+    assert settings.address == ("localhost", 1, False)
+    assert settings.framing().encode(b"x") == b"\0\0\0\1x"
+    assert (settings.echo, settings.timeout) == ("tag", 2)
+    assert (settings.pause, settings.rate, settings.sources) == (None, None, ())
+    assert Own(given()).wait_time() == 7
+
+
+def test_an_option_wins_over_the_class() -> None:
+    environment = given(
+        "--host=localhost",
+        "--tcp-port=2",
+        "--chat-framing=<H",
+        "--chat-echo=any",
+        "--chat-timeout=0.5",
+        "--chat-wait=3-4",
+        "--chat-source=127.0.0.1,127.0.0.2",
+    )
+    settings = settings_of(Own, environment)
+    assert settings.address == ("localhost", 2, False)
+    assert settings.framing().encode(b"x") == b"\1\0x"
+    assert (settings.echo, settings.timeout) == ("any", 0.5)
+    assert settings.pause == (3, 4)
+    assert settings.sources == ("127.0.0.1", "127.0.0.2")
+    waits = {Own(environment).wait_time() for _ in range(50)}
+    assert 3 <= min(waits) < max(waits) <= 4
+
+
+def test_either_of_rate_and_wait_wins_over_the_rate_of_the_class() -> None:
+    class OpenLoop(Own):
+        abstract = True
+        rate = 5
+
+    assert settings_of(OpenLoop, given()).rate == 5
+    assert settings_of(OpenLoop, given("--chat-rate=0.5")).rate == 0.5
+    assert settings_of(OpenLoop, given("--chat-wait=1")).rate is None
+
+
+def test_a_rate_and_a_wait_together_are_refused() -> None:
+    with pytest.raises(SettingError, match="write one of them: a rate is open loop"):
+        settings_of(Own, given("--chat-rate=2", "--chat-wait=1"))
+
+
+def test_the_usual_settings() -> None:
+    settings = settings_of(ChatClient, Environment(events=events, host="a:1"))
+    assert settings.framing is LineFraming
+    assert (settings.echo, settings.timeout) == ("full", 5)
+    assert (settings.pause, settings.rate, settings.sources) == (None, None, ())
+
+
+def test_a_wait_of_one_number_is_always_the_same() -> None:
+    user = ChatClient(given("--host=a:1", "--chat-wait=0.5"))
+    assert {user.wait_time() for _ in range(5)} == {0.5}
+
+
+def test_a_factory_of_framings_may_be_a_function_in_the_class() -> None:
+    class Mine(TCPChatUser):
+        abstract = True
+        host = "localhost:1"
+        framing = lambda: LineFraming()  # noqa: E731
+
+    assert isinstance(settings_of(Mine, given()).framing(), LineFraming)
+
+
+def test_the_client_of_a_user_has_its_settings() -> None:
+    client = Own(given()).client
+    assert (client.host, client.port, client.timeout) == ("localhost", 1, 2)
+
+
+KEYS = [option.key for option in locustfile.OPTIONS]
+
+
+def test_options_left_empty_in_the_web_form_count_as_not_given() -> None:
+    empty = Environment(
+        events=events, host="a:1", parsed_options=Namespace(**dict.fromkeys(KEYS, ""))
+    )
+    assert settings_of(ChatClient, empty) == settings_of(
+        ChatClient, Environment(events=events, host="a:1")
+    )
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_wrong_option_from_the_web_form_is_refused(key: str) -> None:
+    options = Namespace(**{key: "wrong"})
+    environment = Environment(events=events, host="a:1", parsed_options=options)
+    with pytest.raises(SettingError, match="'wrong' will not do: write "):
+        settings_of(ChatClient, environment)
+
+
+# ------------------------------------------------------------------------- the command line
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the one line on the standard error with which a command line with these arguments ends."""
+    """Return the one line on the standard error with which such a command line ends."""
     with pytest.raises(SystemExit) as end:
         given(*arguments)
     assert end.value.code != 0
@@ -82,119 +281,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return printed.err
 
 
-def test_without_options_the_class_decides() -> None:
-    class Mine(TCPChatUser):
-        host = "localhost:1"
-        framing = ">I"
-        echo = "tag"
-        timeout = 2
-        wait_time = between(7, 7)
-
-    user = Mine(given())
-    assert (user.client.host, user.client.port) == ("localhost", 1)
-    assert (user.client.echo, user.client.timeout) == ("tag", 2)
-    assert user.client._framing.encode(b"x") == b"\0\0\0\1x"
-    assert user.wait_time() == 7
-
-
-def test_an_option_wins_over_the_class() -> None:
-    class Mine(TCPChatUser):
-        host = "localhost:1"
-        framing = LineFraming
-        echo = "tag"
-        timeout = 2
-
-    arguments = "--host=localhost --tcp-port=2 --chat-framing=<H --chat-echo=any --chat-timeout=0.5 --chat-wait=3-4"
-    user = Mine(given(*arguments.split()))
-    assert (user.client.host, user.client.port) == ("localhost", 2)
-    assert (user.client.echo, user.client.timeout) == ("any", 0.5)
-    assert user.client._framing.encode(b"x") == b"\1\0x"
-    waits = {user.wait_time() for _ in range(50)}
-    assert 3 <= min(waits) < max(waits) <= 4
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("0", 0), ("2", 2), ("0.5", 0.5)])
-def test_a_wait_of_one_number_is_always_the_same(text: str, seconds: float) -> None:
-    assert {ChatClient(given("--host=a:1", f"--chat-wait={text}")).wait_time() for _ in range(5)} == {seconds}
-
-
-def test_a_factory_of_framings_may_be_a_function_in_the_class() -> None:
-    class Mine(TCPChatUser):
-        host = "localhost:1"
-        framing = lambda: LineFraming()  # noqa: E731
-
-    assert Mine(given()).client.fault is None
-
-
-def test_an_option_left_empty_in_the_web_form_counts_as_not_given() -> None:
-    options = Namespace(chat_echo="", chat_framing="", chat_timeout="", chat_wait="", tcp_port="")
-    client = ChatClient(Environment(events=events, host="a:1", parsed_options=options)).client
-    assert (client.fault, client.echo, client.timeout) == (None, "full", 5)
-
-
-@pytest.mark.parametrize("option", ["chat_echo", "chat_framing", "chat_timeout", "chat_wait", "tcp_port"])
-def test_a_wrong_option_from_the_web_form_is_the_clients_fault_not_an_exception(option: str) -> None:
-    options = Namespace(**{option: "wrong"})
-    host = "a" if option == "tcp_port" else "a:1"
-    client = ChatClient(Environment(events=events, host=host, parsed_options=options)).client
-    assert "'wrong' will not do: write" in str(client.fault)
-
-
-def test_a_user_without_locusts_command_line_has_defaults() -> None:
-    client = ChatClient(Environment(events=events, host="a:1")).client
-    assert isinstance(client, TCPSocketClient)
-    assert (client.fault, client.echo, client.timeout) == (None, "full", 5)
-
-
-def run(*arguments: str | Path, **variables: str) -> tuple[int, str]:
-    """Run a command to its end; return its exit code and what it printed."""
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=environment_variables(**variables), capture_output=True, text=True, timeout=60
-    )
-    return done.returncode, "\n".join(
-        line for line in (done.stdout + done.stderr).splitlines() if "Starting Locust" not in line
-    )
-
-
-NO_PORT = "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345, or add --tcp-port"
-WRONG = [
-    ("--host=localhost", NO_PORT),
-    ("", "an empty setting will not do: write host:port"),
-    ("--host=a:1 --chat-framing=>i", "argument --chat-framing: '>i' will not do: write line"),
-    ("--host=192.0.2.1:5 --echo-server", "Cannot assign requested address: ('192.0.2.1', 5)"),
-    ("--host=localhost --processes=2", NO_PORT),
-]
-
-
-@pytest.mark.parametrize(("arguments", "line"), WRONG)
-def test_bad_input_ends_locust_with_one_line_before_any_user_starts(arguments: str, line: str) -> None:
-    bus = str(free_port())  # of its own: on the usual port, workers of another run could join
-    variables = {"LOCUST_MASTER_BIND_PORT": bus, "LOCUST_MASTER_NODE_PORT": bus}
-    code, output = run(*LOCUST, "--headless", "--users=1", "--run-time=5s", *arguments.split(), **variables)
-    assert code != 0
-    assert line in output and "Traceback" not in output and "Ramping" not in output
-    assert len([text for text in output.splitlines() if "Did you mean" not in text]) == 1
-
-
-@pytest.mark.parametrize("host", ["", "http://localhost:12345", "localhost:0", "localhost:65536"])
-def test_a_wrong_host_ends_locust_when_it_is_about_to_start(host: str) -> None:
-    environment = given("--headless", f"--host={host}")
-    environment.user_classes = [ChatClient]
-    with pytest.raises(SystemExit, match=r"^locust: error: [^\n]* will not do: write [^\n]*$"):
-        locustfile.prepare(environment)
-
-
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
         ("--tcp-port=0", "argument --tcp-port: '0' will not do: write a port from 1 to 65535"),
+        ("--chat-framing=>i", "argument --chat-framing: '>i' will not do: write line"),
         ("--chat-echo=yes", "argument --chat-echo: 'yes' will not do: write full"),
         ("--chat-timeout=0", "argument --chat-timeout: '0' will not do: write seconds above 0"),
-        ("--chat-timeout=inf", "argument --chat-timeout: 'inf' will not do: write seconds above 0"),
         ("--chat-wait=-1", "argument --chat-wait: '-1' will not do: write seconds"),
-        ("--chat-wait=soon", "argument --chat-wait: 'soon' will not do: write seconds"),
-        ("--chat-max-p95=0", "argument --chat-max-p95: '0' will not do: write ms above 0"),
-        ("--chat-max-fail-ratio=1.5", "argument --chat-max-fail-ratio: '1.5' will not do: write 0 to 1"),
+        ("--chat-wait=3-1", "argument --chat-wait: '3-1' will not do: write seconds"),
+        ("--chat-rate=0", "argument --chat-rate: '0' will not do: write messages a second above 0"),
+        ("--chat-source=me", "argument --chat-source: 'me' will not do: write addresses of this"),
     ],
 )
 def test_a_wrong_option_is_refused_by_the_command_line(
@@ -203,23 +300,108 @@ def test_a_wrong_option_is_refused_by_the_command_line(
     assert line in refused(capsys, "--headless", argument)
 
 
-@pytest.mark.parametrize(
-    "variable", ["TCP_PORT", "CHAT_FRAMING", "CHAT_ECHO", "CHAT_TIMEOUT", "CHAT_WAIT", "CHAT_MAX_P95"]
-)
+@pytest.mark.parametrize("key", KEYS)
 def test_a_wrong_environment_variable_is_one_line(
-    variable: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(variable, "wrong")
+    monkeypatch.setenv(key.upper(), "wrong")
     assert "'wrong' will not do: write" in refused(capsys, "--headless")
 
 
-def test_the_port_of_the_echo_server_is_taken_is_one_line() -> None:
-    server = Server(echo)
-    code, output = run(*LOCUST, "--headless", "--echo-server", f"--host={server.address}")
-    server.stop()
-    assert code != 0
-    assert "Address already in use: ('127.0.0.1', " in output
-    assert len(output.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--host=", "an empty setting will not do: write host:port"),
+        ("--host=http://localhost:12345", "will not do: write host:port"),
+        ("--host=localhost:65536", "'65536' will not do: write a port from 1 to 65535"),
+        ("--host=a:1 --chat-source=192.0.2.1", "write an address that this machine has"),
+        ("--host=a:1 --chat-rate=1 --chat-wait=1", "write one of them"),
+    ],
+)
+def test_a_wrong_setting_ends_locust_when_it_is_about_to_start(arguments: str, line: str) -> None:
+    environment = given("--headless", *arguments.split())
+    environment.user_classes = [ChatClient]
+    with pytest.raises(SystemExit) as end:
+        locustfile.prepare(environment)
+    text = str(end.value.code)
+    assert text.startswith("locust: error: ")
+    assert line in text
+    assert "\n" not in text
+
+
+def test_a_wrong_class_attribute_ends_locust_when_it_is_about_to_start() -> None:
+    class Mistaken(Own):
+        abstract = True
+        framing = "lines"
+
+    environment = given("--headless")
+    environment.user_classes = [Mistaken]
+    with pytest.raises(SystemExit, match=r"^locust: error: 'lines' will not do: write line"):
+        locustfile.prepare(environment)
+
+
+def test_in_the_web_ui_the_host_may_be_missing_at_the_start() -> None:
+    environment = given()
+    environment.user_classes = [ChatClient]
+    locustfile.prepare(environment)
+
+
+def lines_of(running: Program) -> list[str]:
+    """Return what Locust printed, less the lines with which every start begins."""
+    usual = ("Starting Locust", "Starting web interface")
+    return [line for line in running.output.splitlines() if not any(text in line for text in usual)]
+
+
+NO_PORT = "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345"
+
+
+@pytest.mark.parametrize("processes", ["", "--processes=2"], ids=["one process", "processes"])
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--headless --host=localhost", NO_PORT),
+        ("--headless", "an empty setting will not do: write host:port"),
+        ("--headless --host=a:1 --chat-wait=3-1", "argument --chat-wait: '3-1' will not do"),
+        ("--headless --host=a:1 --chat-source=192.0.2.1", "write an address that this machine has"),
+        ("--headless --host=192.0.2.1:5 --echo-server", "Cannot assign requested address"),
+        ("--autostart", "an empty setting will not do: write host:port"),
+        ("--host=localhost", NO_PORT),
+    ],
+)
+def test_bad_input_ends_locust_and_its_workers_with_one_line_before_any_user_starts(
+    start: Start, arguments: str, line: str, processes: str
+) -> None:
+    """``ends`` waits until workers have closed the output too: so none is left behind."""
+    bus = str(free_port())  # of its own: on the usual port, workers of another run could join
+    running = start(
+        *LOCUST,
+        *("--web-host=127.0.0.1", f"--web-port={free_port()}", "--users=1", "--run-time=5s"),
+        *arguments.split(),
+        *processes.split(),
+        LOCUST_MASTER_BIND_PORT=bus,
+        LOCUST_MASTER_NODE_PORT=bus,
+    )
+    assert running.ends() not in (0, None)
+    (only,) = lines_of(running)
+    assert line in only
+
+
+def test_the_port_of_the_echo_server_is_taken_is_one_line(start: Start, serve: Serve) -> None:
+    running = start(*LOCUST, "--headless", "--echo-server", f"--host={serve(echo).address}")
+    assert running.ends() != 0
+    (only,) = lines_of(running)
+    assert "Address already in use: ('127.0.0.1', " in only
+
+
+def test_the_options_can_stand_in_locust_conf(start: Start, tmp_path: Path) -> None:
+    settings = f"chat-timeout = never\nlocustfile = {ROOT / 'locustfile.py'}\n"
+    (tmp_path / "locust.conf").write_text(settings)
+    running = start(*LOCUST, "--headless", f"--host=127.0.0.1:{free_port()}", cwd=tmp_path)
+    assert running.ends() != 0
+    assert "'never' will not do: write seconds above 0" in running.output
+
+
+# ------------------------------------------------------------------------- standalone
 
 
 @pytest.mark.parametrize(
@@ -229,8 +411,9 @@ def test_the_port_of_the_echo_server_is_taken_is_one_line() -> None:
         ("localhost x", "write a port from 1 to 65535"),
         ("localhost:99999", "write a port from 1 to 65535"),
         ("http://localhost 1", "write host:port, such as localhost:12345"),
-        ("--echo-server tls://localhost:1", "write tcp://localhost:1: the built-in echo server has no TLS"),
+        ("--echo-server tls://localhost:1", "write tcp://localhost:1: the built-in echo server"),
         ("--chat-timeout=x", "'x' will not do: write seconds above 0"),
+        ("--chat-rate=1 --chat-wait=1", "write one of them: a rate is open loop"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--echo-server 192.0.2.1 5", "Cannot assign requested address: ('192.0.2.1', 5)"),
     ],
@@ -242,40 +425,27 @@ def test_wrong_arguments_end_the_standalone_mode_with_code_2_and_one_line(
         locustfile.main(arguments.split())
     assert end.value.code == 2
     printed = capsys.readouterr()
-    assert line in printed.err
-    assert len([text for text in (printed.err + printed.out).splitlines() if "Did you mean" not in text]) == 1
+    said = [text for text in (printed.err + printed.out).splitlines() if "Did you mean" not in text]
+    (only,) = said
+    assert line in only
 
 
-def test_a_wrong_argument_ends_the_program_with_code_2_and_one_line() -> None:
-    code, output = run(*STANDALONE, "localhost", "1", "2")
-    assert code == 2
-    assert "unrecognized arguments: 2" in output and len(output.splitlines()) == 1
+def test_a_wrong_argument_ends_the_program_with_code_2_and_one_line(start: Start) -> None:
+    running = start(*STANDALONE, "localhost", "1", "2")
+    assert running.ends() == 2
+    (only,) = running.output.splitlines()
+    assert "unrecognized arguments: 2" in only
 
 
-def test_a_wrong_class_attribute_is_one_line() -> None:
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import locustfile, types; "
-        "locustfile.ChatClient.framing = 'lines'; "
-        "locustfile.prepare(types.SimpleNamespace(parsed_options=types.SimpleNamespace(echo_server=False, "
-        "headless=True, processes=None), runner=None, host='a:1', user_classes=[locustfile.ChatClient], "
-        "events=locustfile.events))"
-    )
-    done, output = run(sys.executable, "-c", code)
-    assert (done, output) == (
-        1,
-        "locust: error: 'lines' will not do: write line (default), raw, or a prefix like >I, <H",
-    )
+# ------------------------------------------------------------------------- what it needs
 
 
-def test_the_options_can_stand_in_locust_conf(tmp_path: Path) -> None:
-    (tmp_path / "locust.conf").write_text(f"chat-timeout = never\nlocustfile = {ROOT / 'locustfile.py'}\n")
-    done = subprocess.run(
-        [*LOCUST, "--headless", f"--host=127.0.0.1:{free_port()}"],
-        cwd=tmp_path,
-        env=environment_variables(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode != 0
-    assert "'never' will not do: write seconds above 0" in done.stderr
+def test_the_file_needs_nothing_that_is_not_locusts_gevents_or_pythons() -> None:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / "locustfile.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    packages = {name.partition(".")[0] for name in imported}
+    assert packages - sys.stdlib_module_names == {"locust", "gevent"}

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import shutil
 import socket
 import ssl
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gevent
 import pytest
-from conftest import (
+import trustme
+from gevent.server import StreamServer
+from locust.env import Environment
+from programs import (
     LOCUST,
     PATH,
     ROOT,
     STANDALONE,
-    Handler,
     Program,
-    Rows,
-    Server,
-    echo,
-    free_port,
-    lines,
     program,
+    quiet,
+    rows_of,
     wait_until,
 )
-from gevent.server import StreamServer
-from locust.env import Environment
-from test_command import quiet, rows_of
-from test_readme import BLOCKS, example, shortened
+from rows import Rows
+from servers import Handler, Server, deaf, echo, free_port, lines, reset, silent
 
 import locustfile
 from locustfile import ChatClient, TCPSocketClient
@@ -40,31 +37,34 @@ from locustfile import ChatClient, TCPSocketClient
 Serve = Callable[..., Server]
 Connect = Callable[..., TCPSocketClient]
 Start = Callable[..., Program]
+Context = Callable[[], ssl.SSLContext]
 
-NEW_KEY = "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-SIGN = "openssl x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -copy_extensions copy -extfile strict"
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"]
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with an authority (ca.pem) and what it has signed: good, for one name alone, and expired."""
-    program("openssl")
+    """Return a folder with an authority (ca.pem) and what it has signed, each with its key.
+
+    good.pem is for all names of this machine, other.pem for one alone, expired.pem is too old.
+    """
     folder = tmp_path_factory.mktemp("certificates")
-    (folder / "strict").write_text("authorityKeyIdentifier=keyid\n")  # Python 3.13 insists on what RFC 5280 asks for
-    for command in (
-        f"{NEW_KEY} -x509 -keyout ca.key -out ca.pem -days 2 -subj /CN=authority -addext keyUsage=critical,keyCertSign",
-        f"{NEW_KEY} -keyout key.pem -out good.csr -subj /CN=a -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1",
-        "openssl req -new -key key.pem -out other.csr -subj /CN=b -addext subjectAltName=DNS:localhost",
-        f"{SIGN} -in good.csr -days 2 -out good.pem",
-        f"{SIGN} -in good.csr -days -1 -out expired.pem",
-        f"{SIGN} -in other.csr -days 2 -out other.pem",
-    ):
-        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    names = ("localhost", "127.0.0.1", "::1")
+    issued = {
+        "good.pem": authority.issue_cert(*names),
+        "other.pem": authority.issue_cert("localhost"),
+        "expired.pem": authority.issue_cert(*names, not_after=yesterday),
+    }
+    for name, certificate in issued.items():
+        certificate.private_key_and_cert_chain_pem.write_to_path(folder / name)
     return folder
 
 
 @pytest.fixture
-def trusting(certificates: Path) -> Callable[[], ssl.SSLContext]:
+def trusting(certificates: Path) -> Context:
     """Return a factory of contexts that trust the authority."""
     return lambda: ssl.create_default_context(cafile=str(certificates / "ca.pem"))
 
@@ -77,7 +77,7 @@ def identity(certificates: Path) -> ssl.SSLContext:
 
 def server_context(certificates: Path, name: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / name, certificates / "key.pem")
+    context.load_cert_chain(certificates / name)
     return context
 
 
@@ -85,13 +85,17 @@ def secure(handler: Callable[[ssl.SSLSocket], object], context: ssl.SSLContext) 
     """Return a handler that shakes hands, and then does what the other one does."""
 
     def handle(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True, suppress_ragged_eofs=False) as wrapped:
+        with context.wrap_socket(
+            connection, server_side=True, suppress_ragged_eofs=False
+        ) as wrapped:
             handler(wrapped)
 
     return handle
 
 
-def connected(connect: Connect, server: Server, trusting: Any, **settings: Any) -> TCPSocketClient:
+def connected(
+    connect: Connect, server: Server, trusting: Context, **settings: Any
+) -> TCPSocketClient:
     client = connect(server.port, tls=trusting, **settings)
     assert client.connect()
     return client
@@ -100,7 +104,13 @@ def connected(connect: Connect, server: Server, trusting: Any, **settings: Any) 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("framing", ["line", ">I", "raw"])
 def test_a_message_is_echoed(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any, version: Any, framing: str
+    serve: Serve,
+    connect: Connect,
+    rows: Rows,
+    identity: ssl.SSLContext,
+    trusting: Context,
+    version: Any,
+    framing: str,
 ) -> None:
     identity.maximum_version = version
     client = connect(serve(secure(echo, identity)).port, tls=trusting, framing=framing)
@@ -109,18 +119,18 @@ def test_a_message_is_echoed(
 
 
 def test_the_handshake_counts_into_connect(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
     def server(connection: socket.socket) -> None:
         gevent.sleep(0.1)
         secure(echo, identity)(connection)
 
     connected(connect, serve(server), trusting)
-    assert 100 <= rows.named("connect")[0]["response_time"] < 3000
+    assert rows.named("connect")[0]["response_time"] >= 100
 
 
 def test_an_echo_in_records_of_one_byte_is_put_together(
-    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Context
 ) -> None:
     def server(connection: ssl.SSLSocket) -> None:
         while data := connection.recv(65536):
@@ -132,7 +142,7 @@ def test_an_echo_in_records_of_one_byte_is_put_together(
 
 
 def test_many_messages_in_one_record_are_told_apart(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
     def server(connection: ssl.SSLSocket) -> None:
         connection.sendall(b"welcome\n" * 20)  # in the wake of the handshake
@@ -146,7 +156,7 @@ def test_many_messages_in_one_record_are_told_apart(
 
 
 def test_a_message_longer_than_a_record_and_than_the_buffers_of_the_kernel_passes(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
     def server(connection: ssl.SSLSocket) -> None:
         prefix = connection.recv(4)
@@ -163,51 +173,51 @@ def test_a_message_longer_than_a_record_and_than_the_buffers_of_the_kernel_passe
 
 
 def test_a_server_that_does_not_read_is_a_failed_send_within_the_timeout(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
-    server = serve(secure(lambda connection: gevent.sleep(10), identity))
-    client = connected(connect, server, trusting, timeout=0.5, framing=">I")
+    client = connected(connect, serve(secure(deaf, identity)), trusting, timeout=0.5)
     assert client.send_chat("x" * 20_000_000) is None
     assert rows.counts() == {"connect": 1, "send_chat: TimeoutError": 1}
-    assert 500 <= rows.named("send_chat")[0]["response_time"] < 3000
+    assert rows.named("send_chat")[0]["response_time"] >= 500
 
 
 def test_a_late_echo_is_a_timeout_and_is_not_taken_for_the_next(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
-    def server(connection: ssl.SSLSocket) -> None:
-        for number, line in enumerate(lines(connection)):
-            gevent.sleep(0 if number else 0.4)
+    def server(connection: socket.socket) -> None:
+        received = lines(connection)
+        for line in (next(received), next(received)):
             connection.sendall(line + b"\n")
 
-    client = connect(serve(secure(server, identity)).port, tls=trusting, timeout=0.3)
+    client = connected(connect, serve(secure(server, identity)), trusting, timeout=1)
     assert client.send_chat("first") is None
     assert str(client.send_chat("second")).endswith("second")
-    assert rows.counts() == {"connect": 1, "send_chat": 2, "echo_response": 1, "echo_response: EchoTimeout": 1}
+    assert rows.counts()["echo_response: EchoTimeout"] == rows.counts()["echo_response"] == 1
 
 
 def test_what_has_come_before_the_send_is_not_the_answer_also_in_several_records(
-    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any
+    connect: Connect, identity: ssl.SSLContext, trusting: Context
 ) -> None:
-    sent = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepted = gevent.spawn(accept_securely, listener, identity)
+        client = connect(listener.getsockname()[1], tls=trusting, echo="any", timeout=60)
+        assert client.connect()
+        with accepted.get() as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(10):
+                connection.sendall(b"news\n")  # nothing lets the event loop run, so it is unread
+            gevent.spawn(lambda: connection.sendall(connection.recv(100).upper()))
+            assert client.send_chat("hello") == "HELLO"
 
-    def server(connection: ssl.SSLSocket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else the news come later
-        for _ in range(10):
-            connection.sendall(b"news\n")
-        sent.append(True)
-        for _ in lines(connection):
-            connection.sendall(b"answer\n")
 
-    client = connected(connect, serve(secure(server, identity)), trusting, echo="any")
-    client._reader.stop()  # as if nobody had found the time to read
-    wait_until(lambda: sent)
-    client._reader.start(client._on_readable)
-    assert client.send_chat("hello") == "answer"
+def accept_securely(listener: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    """Return the next connection, after its handshake."""
+    connection, _ = listener.accept()
+    return context.wrap_socket(connection, server_side=True)
 
 
 def test_a_connection_that_the_server_closes_while_idle_is_a_disconnect(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
     connected(connect, serve(secure(lambda connection: connection.unwrap(), identity)), trusting)
     wait_until(lambda: rows.named("disconnect"))
@@ -215,14 +225,22 @@ def test_a_connection_that_the_server_closes_while_idle_is_a_disconnect(
 
 
 def test_a_connection_that_is_cut_while_an_echo_is_awaited_fails_it_at_once(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
-    client = connect(serve(secure(lambda connection: connection.recv(1), identity)).port, tls=trusting)
+    client = connect(
+        serve(secure(lambda connection: connection.recv(1), identity)).port, tls=trusting
+    )
     assert client.send_chat("hello") is None
-    assert rows.counts()["echo_response: ConnectionClosed"] + rows.counts()["echo_response: ConnectionResetError"] == 1
+    assert (
+        rows.counts()["echo_response: ConnectionClosed"]
+        + rows.counts()["echo_response: ConnectionResetError"]
+        == 1
+    )
 
 
-def test_the_server_is_told_of_the_end(serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any) -> None:
+def test_the_server_is_told_of_the_end(
+    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Context
+) -> None:
     ends: list[object] = []
 
     def server(connection: ssl.SSLSocket) -> None:
@@ -241,7 +259,13 @@ def test_the_server_is_told_of_the_end(serve: Serve, connect: Connect, identity:
     [("other.pem", "IP address mismatch"), ("expired.pem", "certificate has expired")],
 )
 def test_a_certificate_that_is_not_valid_is_a_failed_connect(
-    serve: Serve, connect: Connect, rows: Rows, certificates: Path, trusting: Any, name: str, reason: str
+    serve: Serve,
+    connect: Connect,
+    rows: Rows,
+    certificates: Path,
+    trusting: Context,
+    name: str,
+    reason: str,
 ) -> None:
     server = serve(secure(echo, server_context(certificates, name)))
     client = connect(server.port, tls=trusting)
@@ -261,14 +285,14 @@ def test_an_authority_that_the_system_does_not_know_is_a_failed_connect(
 
 @pytest.mark.parametrize("ending", ["close", "reset", "garbage"])
 def test_a_handshake_that_breaks_off_is_a_failed_connect(
-    serve: Serve, connect: Connect, rows: Rows, trusting: Any, ending: str
+    serve: Serve, connect: Connect, rows: Rows, trusting: Context, ending: str
 ) -> None:
     def server(connection: socket.socket) -> None:
         connection.recv(100)
         if ending == "garbage":
             connection.sendall(b"\x1b[31mHTTP/1.1 400 Bad Request secret\r\n\r\n")
         if ending == "reset":
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset(connection)
         connection.close()
 
     client = connect(serve(server).port, tls=trusting)
@@ -279,16 +303,18 @@ def test_a_handshake_that_breaks_off_is_a_failed_connect(
 
 
 def test_a_handshake_that_never_ends_is_a_failed_connect_within_the_timeout(
-    serve: Serve, connect: Connect, rows: Rows, trusting: Any
+    serve: Serve, connect: Connect, rows: Rows, trusting: Context
 ) -> None:
-    server = serve(lambda connection: [None for _ in lines(connection)])
+    server = serve(silent)
     assert not connect(server.port, tls=trusting, timeout=0.3).connect()
-    assert 300 <= rows[0]["response_time"] < 2000
+    assert rows[0]["response_time"] >= 300
     assert repr(rows[0]["exception"]) == "TimeoutError('no connection within the time-out')"
     wait_until(lambda: server.open == 0)  # nothing is left open
 
 
-def test_the_server_name_is_indicated(serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Any) -> None:
+def test_the_server_name_is_indicated(
+    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Context
+) -> None:
     names: list[object] = []
     identity.sni_callback = lambda _socket, name, _context: names.append(name)
     assert connect(serve(secure(echo, identity)).port, host="localhost", tls=trusting).connect()
@@ -296,7 +322,7 @@ def test_the_server_name_is_indicated(serve: Serve, connect: Connect, identity: 
 
 
 def test_ipv6_and_its_address_in_the_certificate(
-    connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Any
+    connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
     server = StreamServer(("::1", 0), lambda connection, _: secure(echo, identity)(connection))
     try:
@@ -320,10 +346,11 @@ class SecureChat(ChatClient):
     authority = Path()
 
 
-def test_a_context_of_the_users_own_is_made_once_and_used_for_tls_alone(
+def test_a_context_of_the_users_own_is_made_once_for_all(
     serve: Serve, certificates: Path, identity: ssl.SSLContext
 ) -> None:
     SecureChat.authority = certificates / "ca.pem"
+    SecureChat.contexts = 0
     server = serve(secure(echo, identity))
     environment = Environment(user_classes=[SecureChat], host=f"tls://localhost:{server.port}")
     users = [SecureChat(environment) for _ in range(3)]
@@ -331,7 +358,14 @@ def test_a_context_of_the_users_own_is_made_once_and_used_for_tls_alone(
     assert SecureChat.contexts == 1
     for user in users:
         user.client.close()
-    assert SecureChat(Environment(host=f"localhost:{server.port}")).client._tls is None
+
+
+def test_without_tls_in_the_address_no_context_is_made(serve: Serve) -> None:
+    SecureChat.contexts = 0
+    user = SecureChat(Environment(host=serve(echo).address))
+    assert user.client.send_chat("hello") is not None
+    user.client.close()
+    assert SecureChat.contexts == 0
 
 
 def test_a_context_that_cannot_be_made_is_a_failed_connect_that_says_why(rows: Rows) -> None:
@@ -347,7 +381,12 @@ def test_a_context_that_cannot_be_made_is_a_failed_connect_that_says_why(rows: R
 
 
 def test_a_client_certificate_can_be_given(
-    serve: Serve, connect: Connect, rows: Rows, certificates: Path, identity: ssl.SSLContext, trusting: Any
+    serve: Serve,
+    connect: Connect,
+    rows: Rows,
+    certificates: Path,
+    identity: ssl.SSLContext,
+    trusting: Context,
 ) -> None:
     identity.verify_mode = ssl.CERT_REQUIRED
     identity.load_verify_locations(certificates / "ca.pem")
@@ -355,7 +394,7 @@ def test_a_client_certificate_can_be_given(
 
     def with_certificate() -> ssl.SSLContext:
         context: ssl.SSLContext = trusting()
-        context.load_cert_chain(certificates / "good.pem", certificates / "key.pem")
+        context.load_cert_chain(certificates / "good.pem")
         return context
 
     assert connect(server.port, tls=with_certificate).send_chat("hello") is not None
@@ -363,25 +402,43 @@ def test_a_client_certificate_can_be_given(
     assert any(row["exception"] for row in rows)
 
 
+def documented(language: str, word: str) -> str:
+    """Return the documents' block of code in a language that has this word in it."""
+    text = "\n".join(document.read_text("utf-8") for document in DOCUMENTS)
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return next(str(block).strip() for block in blocks if word in block)
+
+
+def shortened(command: str, port: str) -> str:
+    """Return a documented command for the server at a port, with fewer users and less time."""
+    command = re.sub(r"--run-time[= ]\w+", "--run-time=3s", command)
+    command = re.sub(r"--users[= ]\d+", "--users=20", command)
+    command = re.sub(r"--spawn-rate[= ]\d+", "--spawn-rate=20", command)
+    return f"{command.replace('12345', port)} --chat-wait=0.1"
+
+
 def listen(start: Start, certificates: Path, options: str) -> str:
     """Start a real TLS server that echoes; return its port."""
     port = str(free_port())
-    files = f"cert={certificates}/good.pem,key={certificates}/key.pem,{options}"
+    files = f"cert={certificates}/good.pem,{options}"
     listening = f"OPENSSL-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,backlog=50,{files}"
     start(program("socat"), "-d", "-d", listening, "PIPE").prints("istening on")
     return port
 
 
-def test_the_command_of_the_readme_loads_a_real_server_of_an_authority_in_ssl_cert_file(
+def test_the_documented_command_loads_a_real_server_of_an_authority_in_ssl_cert_file(
     start: Start, certificates: Path
 ) -> None:
-    command = next(block for block in BLOCKS if "tls://" in block)
-    line = shortened(command.strip(), int(listen(start, certificates, "verify=0"))) + " --chat-wait=0.1"
+    line = shortened(documented("sh", "tls://"), listen(start, certificates, "verify=0"))
     shutil.copy(ROOT / "locustfile.py", certificates)
     running = start(shutil.which("bash"), "-c", line, cwd=certificates, PATH=PATH)
     assert running.ends() == 0
     rows = rows_of(running.output)
-    assert rows["connect"] == (20, 0) and rows["echo_response"][0] > 40 and rows["echo_response"][1] == 0
+    assert (
+        rows["connect"] == (20, 0)
+        and rows["echo_response"][0] > 40
+        and rows["echo_response"][1] == 0
+    )
     assert quiet(running.output)
 
 
@@ -393,17 +450,18 @@ def test_the_standalone_mode_speaks_tls(start: Start, certificates: Path) -> Non
     assert untrusting.ends() == 1 and "certificate verify failed" in untrusting.output
 
 
-def test_the_example_of_the_readme_shows_a_client_certificate(start: Start, certificates: Path, tmp_path: Path) -> None:
+def test_the_documented_example_shows_a_client_certificate(
+    start: Start, certificates: Path, tmp_path: Path
+) -> None:
     port = listen(start, certificates, f"verify=1,cafile={certificates}/ca.pem")
-    (tmp_path / "client.pem").write_text(
-        (certificates / "good.pem").read_text() + (certificates / "key.pem").read_text()
-    )
-    (tmp_path / "certificate_chat.py").write_text(
-        example("CertificateChat").replace("client.pem", str(tmp_path / "client.pem")), "utf-8"
-    )
+    code = documented("python", "load_cert_chain")
+    (tmp_path / "certificate_chat.py").write_text(code, "utf-8")
+    shutil.copy(certificates / "good.pem", tmp_path / "client.pem")
     shutil.copy(ROOT / "locustfile.py", tmp_path)
     options = f"-f certificate_chat.py CertificateChat --headless --run-time=1s --host=tls://localhost:{port}"
-    running = start(*LOCUST, *options.split(), cwd=tmp_path, SSL_CERT_FILE=str(certificates / "ca.pem"))
+    running = start(
+        *LOCUST, *options.split(), cwd=tmp_path, SSL_CERT_FILE=str(certificates / "ca.pem")
+    )
     assert running.ends() == 0
     assert rows_of(running.output)["echo_response"][0] > 0
 

@@ -9,97 +9,139 @@ import socket
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import gevent
 import pytest
-from conftest import ROOT, Server, echo, free_port, lines, wait_until
 from locust import User, constant, events, stats, task
 from locust.env import Environment
 from locust.event import Events
+from locust.stats import StatsEntry
+from programs import ROOT, wait_until
+from servers import Server, echo, free_port, lines
 
 from locustfile import LONG_TEXTS, SHORT_TEXTS, VERY_LONG_TEXTS, ChatClient, bucket_response_time
 
 Serve = Callable[..., Server]
-Run = Callable[..., Environment]
+
+
+class Run:
+    """A Locust run of one user class against a host, with options as the command line has them."""
+
+    def __init__(self, user_class: type[User], host: str, users: int, **options: str) -> None:
+        self.environment = Environment(
+            user_classes=[user_class],
+            host=host,
+            events=Events(),
+            parsed_options=Namespace(**options),
+        )
+        self.runner = self.environment.create_local_runner()
+        self.runner.start(users, spawn_rate=users)
+
+    def row(self, name: str) -> StatsEntry:
+        """Return the statistics of the request events of that name."""
+        return self.environment.stats.get(name, "TCP")
+
+    def count(self, name: str) -> int:
+        """Return the number of request events of that name."""
+        return self.row(name).num_requests
+
+    @property
+    def errors(self) -> set[str]:
+        """The failures, each once, as ``name: error``."""
+        return {
+            f"{error.name}: {error.error!r}" for error in self.environment.stats.errors.values()
+        }
+
+
+RunUsers = Callable[..., Run]
 
 
 @pytest.fixture
-def run() -> Iterator[Run]:
-    """Return a function that starts users of a class against a host, with options as the command line gives them."""
-    environments: list[Environment] = []
+def run() -> Iterator[RunUsers]:
+    """Return a function that starts a run; it is ended after the test."""
+    runs: list[Run] = []
 
-    def start(user_class: type[User], host: str, users: int = 1, **options: str) -> Environment:
-        environment = Environment(
-            user_classes=[user_class], host=host, events=Events(), parsed_options=Namespace(**options)
-        )
-        environments.append(environment)
-        environment.create_local_runner().start(users, spawn_rate=users)
-        return environment
+    def start(user_class: type[User], host: str, users: int = 1, **options: str) -> Run:
+        runs.append(Run(user_class, host, users, **options))
+        return runs[-1]
 
     yield start
-    for environment in environments:
-        assert environment.runner is not None
-        environment.runner.quit()
+    for started in runs:
+        started.runner.quit()
 
 
-def row(environment: Environment, name: str) -> Any:
-    return environment.stats.get(name, "TCP")
+def silent(connection: socket.socket) -> None:
+    """Read and never answer."""
+    for _ in lines(connection):
+        pass
 
 
-def errors(environment: Environment) -> Counter[str]:
-    return Counter({f"{e.name}: {e.error!r}": e.occurrences for e in environment.stats.errors.values()})
+def slow(connection: socket.socket) -> None:
+    """Send each line back after a moment."""
+    for line in lines(connection):
+        gevent.sleep(0.05)
+        connection.sendall(line + b"\n")
 
 
-def counting(counts: Counter[str]) -> Callable[[socket.socket], None]:
-    """Return an echo server that counts lines and bytes."""
+def test_what_the_client_counted_as_sent_is_what_the_server_counted_as_received(
+    serve: Serve, run: RunUsers
+) -> None:
+    received: Counter[str] = Counter()
 
-    def server(connection: socket.socket) -> None:
+    def counting(connection: socket.socket) -> None:
         for line in lines(connection):
-            counts.update(lines=1, bytes=len(line) + 1)
+            received.update(lines=1, bytes=len(line) + 1)
             connection.sendall(line + b"\n")
 
-    return server
-
-
-def test_what_the_client_counted_as_sent_is_what_the_server_counted_as_received(serve: Serve, run: Run) -> None:
-    received: Counter[str] = Counter()
-    server = serve(counting(received))
-    environment = run(ChatClient, server.address, users=20, chat_wait="0")
-    wait_until(lambda: row(environment, "echo_response").num_requests > 2000)
-    environment.runner.stop()  # type: ignore[union-attr]
+    server = serve(counting)
+    chat = run(ChatClient, server.address, users=20, chat_wait="0")
+    wait_until(lambda: chat.count("echo_response") > 2000)
+    chat.runner.stop()
     wait_until(lambda: server.open == 0)
-    sent = row(environment, "send_chat")
-    assert (sent.num_requests, sent.total_content_length) == (received["lines"], received["bytes"])
-    assert 0 <= sent.num_requests - row(environment, "echo_response").num_requests <= 20  # in flight when stopped
-    assert not environment.stats.errors
+    assert chat.count("send_chat") == received["lines"]
+    assert chat.row("send_chat").total_content_length == received["bytes"]
+    in_flight_when_stopped = chat.count("send_chat") - chat.count("echo_response")
+    assert 0 <= in_flight_when_stopped <= 20
+    assert not chat.errors
 
 
-def test_the_tasks_are_weighted_five_two_one_and_have_the_sizes_that_they_promise(serve: Serve, run: Run) -> None:
-    assert Counter(method.__name__ for method in ChatClient.tasks) == {  # type: ignore[union-attr]
-        "short_message": 5,
-        "long_message": 2,
-        "very_long_message": 1,
-    }
-    for texts, smallest, largest in ((SHORT_TEXTS, 1, 60), (LONG_TEXTS, 100, 400), (VERY_LONG_TEXTS, 513, 1000)):
-        for text in texts:
-            assert text == text.strip()
-            tags = ("", "[3f9a1c20.1] ", "[3f9a1c20.999999999] ")
-            assert all(smallest <= len(f"{tag}{text}\n".encode()) <= largest for tag in tags)
-            assert smallest <= len(text.encode())
+def test_the_tasks_are_weighted_five_two_one() -> None:
+    class Plain(ChatClient):
+        pass
+
+    weights = Counter(getattr(chosen, "__name__", "") for chosen in Plain.tasks)
+    assert weights == {"short_message": 5, "long_message": 2, "very_long_message": 1}
+
+
+@pytest.mark.parametrize(
+    ("texts", "smallest", "largest"),
+    [(SHORT_TEXTS, 1, 60), (LONG_TEXTS, 100, 400), (VERY_LONG_TEXTS, 513, 1000)],
+    ids=["short", "long", "very long"],
+)
+@pytest.mark.parametrize("tag", ["", "[3f9a1c20.1] ", "[3f9a1c20.999999999] "])
+def test_messages_have_the_sizes_that_their_tasks_promise(
+    texts: tuple[str, ...], smallest: int, largest: int, tag: str
+) -> None:
+    for text in texts:
+        assert smallest <= len(f"{tag}{text}".encode()) <= largest
+        assert text == text.strip()
+
+
+def test_the_messages_are_korean_and_latin_and_hold_emoji() -> None:
     everything = " ".join((*SHORT_TEXTS, *LONG_TEXTS))
-    assert all(re.search(kind, everything) for kind in ("[가-힣]", "[A-Za-z]", "[\U0001f300-\U0001faff]"))
+    for kind in ("[가-힣]", "[A-Za-z]", "[\U0001f300-\U0001faff]"):
+        assert re.search(kind, everything)
 
 
-def test_a_scenario_is_one_more_task_method(serve: Serve, run: Run) -> None:
+def test_a_scenario_is_one_more_task_method(serve: Serve, run: RunUsers) -> None:
     """The README's example: a command, answered with a text of the server's own."""
     received: list[bytes] = []
 
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
             received.append(line)
-            connection.sendall(b"done: special\n" if line.startswith(b"/command") else line + b"\n")
+            answer = b"done: special" if line.startswith(b"/command") else line
+            connection.sendall(answer + b"\n")
 
     class WithCommand(ChatClient):
         @task(3)
@@ -107,29 +149,32 @@ def test_a_scenario_is_one_more_task_method(serve: Serve, run: Run) -> None:
             command = f"/command special_{random.randint(1, 100)}"
             self.client.send_chat(command)
 
-    environment = run(WithCommand, serve(server).address, users=5, chat_wait="0")
-    wait_until(lambda: row(environment, "echo_response").num_requests > 500)
-    assert not environment.stats.errors
+    chat = run(WithCommand, serve(server).address, users=5, chat_wait="0")
+    wait_until(lambda: chat.count("echo_response") > 500)
+    assert not chat.errors
     commands = [line for line in received if line.startswith(b"/")]
     assert all(re.fullmatch(rb"/command special_\d{1,3}", line) for line in commands)
     assert 0.1 < len(commands) / len(received) < 0.5  # 3 of 11
 
 
-def test_users_carry_on_when_the_server_is_killed_and_load_it_again_within_seconds(serve: Serve, run: Run) -> None:
+def test_users_carry_on_when_the_server_is_killed_and_started_again(
+    serve: Serve, run: RunUsers
+) -> None:
     server = serve(echo)
-    environment = run(ChatClient, server.address, users=10, chat_wait="0.05")
-    wait_until(lambda: row(environment, "echo_response").num_requests > 50)
+    chat = run(ChatClient, server.address, users=10, chat_wait="0.05")
+    wait_until(lambda: chat.count("echo_response") > 50)
     server.stop()
-    wait_until(lambda: any("ConnectionRefused" in text for text in errors(environment)))
-    gevent.sleep(1)
+    wait_until(lambda: any("ConnectionRefused" in error for error in chat.errors))
     again = serve(echo, server.port)
-    wait_until(lambda: again.open == 10, 8)
-    before = row(environment, "echo_response").num_requests
-    wait_until(lambda: row(environment, "echo_response").num_requests > before + 50)
-    assert environment.runner.exceptions == {}  # type: ignore[union-attr]
+    wait_until(lambda: again.open == 10)
+    before = chat.count("echo_response")
+    wait_until(lambda: chat.count("echo_response") > before + 50)
+    assert chat.runner.exceptions == {}
 
 
-def test_a_server_that_drops_connections_shows_as_disconnects_and_users_come_back(serve: Serve, run: Run) -> None:
+def test_a_server_that_drops_connections_shows_as_disconnects_and_users_come_back(
+    serve: Serve, run: RunUsers
+) -> None:
     def server(connection: socket.socket) -> None:
         for number, line in enumerate(lines(connection)):
             connection.sendall(line + b"\n")
@@ -137,137 +182,207 @@ def test_a_server_that_drops_connections_shows_as_disconnects_and_users_come_bac
                 break
 
     dropping = serve(server)
-    environment = run(ChatClient, dropping.address, users=5, chat_wait="0.02")
+    chat = run(ChatClient, dropping.address, users=5, chat_wait="0.02")
     wait_until(lambda: dropping.opened > 30)
-    assert set(errors(environment)) <= {
+    wait_until(lambda: chat.row("disconnect").num_failures > 10)
+    assert chat.errors <= {
         "disconnect: ConnectionClosed('The server closed the connection.')",
         "disconnect: ConnectionResetError(104, 'Connection reset by peer')",
         "echo_response: ConnectionClosed('The server closed the connection.')",
     }
-    assert row(environment, "disconnect").num_failures > 10
 
 
-def test_lowering_the_user_count_closes_the_connections_of_those_who_leave(serve: Serve, run: Run) -> None:
-    server = serve(lambda connection: [gevent.sleep(0.05) or connection.sendall(x + b"\n") for x in lines(connection)])
-    environment = run(ChatClient, server.address, users=8, chat_wait="0")
-    wait_until(lambda: server.open == 8 and row(environment, "echo_response").num_requests > 20)
-    environment.runner.start(3, spawn_rate=10)  # type: ignore[union-attr]
+def test_lowering_the_user_count_closes_the_connections_of_those_who_leave(
+    serve: Serve, run: RunUsers
+) -> None:
+    server = serve(slow)
+    chat = run(ChatClient, server.address, users=8, chat_wait="0")
+    wait_until(lambda: server.open == 8 and chat.count("echo_response") > 20)
+    chat.runner.start(3, spawn_rate=10)
     wait_until(lambda: server.open == 3)
-    environment.runner.stop()  # type: ignore[union-attr]
+    chat.runner.stop()
     wait_until(lambda: server.open == 0)
-    assert not environment.stats.errors
+    assert not chat.errors
 
 
-def test_messages_in_flight_at_the_stop_are_not_failures(serve: Serve, run: Run) -> None:
+def test_messages_in_flight_at_the_stop_are_not_failures(serve: Serve, run: RunUsers) -> None:
     received: list[bytes] = []
     server = serve(lambda connection: received.extend(lines(connection)))
-    environment = run(ChatClient, server.address, users=5, chat_wait="0")
+    chat = run(ChatClient, server.address, users=5, chat_wait="0", chat_timeout="60")
     wait_until(lambda: len(received) == 5)
-    environment.runner.stop()  # type: ignore[union-attr]
+    chat.runner.stop()
     wait_until(lambda: server.open == 0)
-    assert row(environment, "send_chat").num_requests == 5
-    assert row(environment, "echo_response").num_requests == 0
-    assert not environment.stats.errors
+    assert chat.count("send_chat") == 5
+    assert chat.count("echo_response") == 0
+    assert not chat.errors
 
 
-def test_with_a_stop_timeout_messages_in_flight_are_finished(serve: Serve, run: Run) -> None:
-    received: Counter[str] = Counter()
+def test_with_a_stop_timeout_messages_in_flight_are_finished(serve: Serve, run: RunUsers) -> None:
+    received: list[bytes] = []
 
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
-            received["lines"] += 1
+            received.append(line)
             gevent.sleep(0.1)
             connection.sendall(line + b"\n")
 
-    environment = run(ChatClient, serve(server).address, users=10, chat_wait="0", stop_timeout="5")
-    wait_until(lambda: row(environment, "echo_response").num_requests > 30)
-    environment.runner.stop()  # type: ignore[union-attr]
-    assert row(environment, "echo_response").num_requests == row(environment, "send_chat").num_requests
-    assert row(environment, "echo_response").num_requests == received["lines"]
+    chat = run(ChatClient, serve(server).address, users=10, chat_wait="0", stop_timeout="60")
+    wait_until(lambda: chat.count("echo_response") > 30)
+    chat.runner.stop()
+    assert chat.count("echo_response") == chat.count("send_chat") == len(received)
+    assert not chat.errors
 
 
-def test_at_no_wait_against_a_dead_port_a_user_makes_few_attempts(run: Run) -> None:
-    environment = run(ChatClient, f"127.0.0.1:{free_port()}", users=20, chat_wait="0")
+def test_in_open_loop_a_stop_timeout_covers_the_messages_that_nobody_waits_for(
+    serve: Serve, run: RunUsers
+) -> None:
+    received: list[bytes] = []
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            received.append(line)
+            gevent.sleep(0.2)
+            connection.sendall(line + b"\n")
+
+    chat = run(
+        ChatClient, serve(server).address, chat_rate="20", chat_timeout="60", stop_timeout="60"
+    )
+    wait_until(lambda: len(received) > chat.count("echo_response") + 1 > 1)
+    chat.runner.stop()
+    wait_until(lambda: chat.count("echo_response") == chat.count("send_chat"))
+    assert chat.count("send_chat") == len(received)
+    assert not chat.errors
+
+
+def test_at_no_wait_against_a_dead_port_a_user_makes_few_attempts(run: RunUsers) -> None:
+    chat = run(ChatClient, f"127.0.0.1:{free_port()}", users=20, chat_wait="0")
+    wait_until(lambda: chat.row("connect").num_failures >= 20)
     gevent.sleep(3)
-    # 12 in 10 s are about 8 in the first 3 s, since the pauses grow.
-    assert 20 * 3 <= row(environment, "connect").num_failures <= 20 * 9
-    assert set(errors(environment)) == {"connect: ConnectionRefusedError(111, 'Connection refused')"}
+    # About 8 each in 3 s, as the pauses grow; thousands without pauses.
+    assert chat.row("connect").num_failures <= 20 * 20
+    assert chat.errors == {"connect: ConnectionRefusedError(111, 'Connection refused')"}
 
 
-def test_a_hundred_silent_servers_fail_in_one_group_each_at_the_timeout(serve: Serve, run: Run) -> None:
-    server = serve(lambda connection: [None for _ in lines(connection)])
-    environment = run(ChatClient, server.address, users=100, chat_wait="0", chat_timeout="0.5")
-    wait_until(lambda: row(environment, "echo_response").num_requests >= 200)
-    assert set(errors(environment)) == {"echo_response: EchoTimeout('No echo came within the time-out.')"}
-    assert 500 <= row(environment, "echo_response").min_response_time < 1500
+def test_a_hundred_silent_servers_fail_in_one_group_after_the_timeout(
+    serve: Serve, run: RunUsers
+) -> None:
+    server = serve(silent)
+    chat = run(ChatClient, server.address, users=100, chat_wait="0", chat_timeout="0.5")
+    wait_until(lambda: chat.count("echo_response") >= 200)
+    assert chat.errors == {"echo_response: EchoTimeout('No echo came within the time-out.')"}
+    assert (chat.row("echo_response").min_response_time or 0) >= 500
     assert server.opened == 100
 
 
-def test_a_user_connects_before_it_has_anything_to_say(serve: Serve, run: Run) -> None:
+def test_a_user_connects_before_it_has_anything_to_say(serve: Serve, run: RunUsers) -> None:
     class Silent(ChatClient):
-        tasks = [lambda user: gevent.sleep(10)]  # noqa: RUF012
+        tasks = [lambda user: gevent.sleep(60)]  # noqa: RUF012  # as Locust documents it
 
     server = serve(echo)
-    environment = run(Silent, server.address)
+    chat = run(Silent, server.address)
     wait_until(lambda: server.open == 1)
-    assert row(environment, "connect").num_requests == 1
+    wait_until(lambda: chat.count("connect") == 1)
 
 
-def test_a_user_whose_own_on_start_forgets_to_connect_still_chats(serve: Serve, run: Run) -> None:
-    class Mine(ChatClient):
+def test_a_user_whose_own_on_start_forgets_to_connect_still_chats(
+    serve: Serve, run: RunUsers
+) -> None:
+    class Forgetful(ChatClient):
         def on_start(self) -> None:
             pass
 
-    environment = run(Mine, serve(echo).address, chat_wait="0")
-    wait_until(lambda: row(environment, "echo_response").num_requests > 10)
-    assert not environment.stats.errors
+    chat = run(Forgetful, serve(echo).address, chat_wait="0")
+    wait_until(lambda: chat.count("echo_response") > 10)
+    assert not chat.errors
 
 
-def test_a_login_is_made_on_every_connection(serve: Serve, run: Run) -> None:
-    logins: list[bytes] = []
+def test_a_login_is_made_on_every_connection_and_has_a_row_of_its_own(
+    serve: Serve, run: RunUsers
+) -> None:
+    first_lines: list[bytes] = []
 
     def server(connection: socket.socket) -> None:
         for number, line in enumerate(lines(connection)):
             if number == 0:
-                logins.append(line)
+                first_lines.append(line)
             connection.sendall(line + b"\n")
             if number == 3:
                 break
 
-    class Mine(ChatClient):
+    class Member(ChatClient):
         wait_time = constant(0)
 
         def on_connect(self) -> None:
             self.client.send_chat("/login", echo="any")
 
-    environment = run(Mine, serve(server).address)
-    wait_until(lambda: len(logins) > 3)
-    assert set(logins) == {b"/login"}
-    assert row(environment, "connect").num_requests >= len(logins)
+    chat = run(Member, serve(server).address)
+    wait_until(lambda: len(first_lines) > 3 and chat.count("login") > 3)
+    assert set(first_lines) == {b"/login"}
+    assert chat.count("connect") >= len(first_lines)
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "instead"),
+    [
+        ("http://a", {}, "write host:port, such as localhost:12345"),
+        ("127.0.0.1", {"tcp_port": "wrong"}, "'wrong' will not do: write a port from 1 to 65535"),
+        ("a:1", {"chat_rate": "1", "chat_wait": "1"}, "write one of them: a rate is open loop"),
+    ],
+)
+def test_a_wrong_setting_typed_into_the_web_ui_is_a_failed_connect_that_says_it(
+    run: RunUsers, host: str, options: dict[str, str], instead: str
+) -> None:
+    chat = run(ChatClient, host, **options)
+    wait_until(lambda: chat.row("connect").num_failures > 1)
+    (error,) = chat.errors
+    assert error.startswith("connect: SettingError(")
+    assert instead in error
+    assert chat.runner.exceptions == {}
 
 
 def test_two_significant_digits_below_10_ms_and_locusts_own_buckets_above() -> None:
-    times = (0.0123, 0.123, 0.987, 1.234, 9.87, 12.3, 147, 3432, 58760)
-    assert [bucket_response_time(t) for t in times] == [0.012, 0.12, 0.99, 1.2, 9.9, 12, 150, 3400, 59000]
+    buckets = {
+        0.0123: 0.012,
+        0.123: 0.12,
+        0.987: 0.99,
+        1.234: 1.2,
+        9.87: 9.9,
+        12.3: 12,
+        147: 150,
+        3432: 3400,
+        58760: 59000,
+    }
+    for milliseconds, bucket in buckets.items():
+        assert bucket_response_time(milliseconds) == bucket
     assert stats.bucket_response_time is bucket_response_time
 
 
-def test_percentiles_of_a_fast_server_are_told_apart(serve: Serve, run: Run) -> None:
-    environment = run(ChatClient, serve(echo).address, chat_wait="0")
-    wait_until(lambda: row(environment, "echo_response").num_requests > 300)
-    percentiles = [row(environment, "echo_response").get_response_time_percentile(p) for p in (0.1, 0.5, 0.9)]
-    assert 0 < percentiles[0] < percentiles[2]
-    assert any(value % 1 for value in percentiles)
+def test_percentiles_of_a_fast_server_are_told_apart(serve: Serve, run: RunUsers) -> None:
+    chat = run(ChatClient, serve(echo).address, chat_wait="0")
+    wait_until(lambda: chat.count("echo_response") > 300)
+    row = chat.row("echo_response")
+    tenth, median, ninetieth = (row.get_response_time_percentile(p) for p in (0.1, 0.5, 0.9))
+    assert 0 < tenth <= median <= ninetieth
+    assert tenth < ninetieth
 
 
-def test_the_file_can_be_loaded_twice_as_with_an_example_beside_it() -> None:
-    specification = importlib.util.spec_from_file_location("again", Path(ROOT / "locustfile.py"))
-    assert specification is not None and specification.loader is not None
+def test_the_charts_show_percentiles_above_the_median() -> None:
+    """Half of all requests are a ``send_chat``: their median would say nothing of the echoes."""
+    assert stats.PERCENTILES_TO_CHART == [0.75, 0.95, 0.99]
+
+
+def test_the_file_can_be_loaded_twice_as_with_a_plugin_beside_it() -> None:
+    hooks = (events.init_command_line_parser, events.init, events.test_start)
+    listeners = [list(hook._handlers) for hook in hooks]  # Locust has no public way to take one off
+    specification = importlib.util.spec_from_file_location("again", ROOT / "locustfile.py")
+    assert specification is not None
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
-    handlers = list(events.init_command_line_parser._handlers), list(events.init._handlers)
     try:
         specification.loader.exec_module(module)
-        assert module.ChatClient(Environment(events=Events(), host="a:1")).client.fault is None
+        client = module.ChatClient(Environment(events=Events(), host="a:1")).client
+        assert (client.host, client.port) == ("a", 1)
     finally:
-        events.init_command_line_parser._handlers, events.init._handlers = handlers
+        for hook, before in zip(hooks, listeners, strict=True):
+            hook._handlers = before
         stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]

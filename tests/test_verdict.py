@@ -1,120 +1,343 @@
-"""``--chat-max-fail-ratio`` and ``--chat-max-p95``: the exit code says whether the server has passed."""
+"""``plugins/verdict.py``: the exit code says whether the server has passed."""
 
 from __future__ import annotations
 
+import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
+
 import argparse
+import ast
+import shlex
 import signal
 import socket
-from collections.abc import Callable
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from conftest import LOCUST, Program, Server, free_port, lines, wait_until
 from locust.env import Environment
+from programs import LOCUST, ROOT, Program, wait_until
+from servers import Server, echo, free_port, lines, silent
 
 import locustfile
 
+sys.path.insert(0, str(ROOT / "plugins"))
+
+import verdict
+
 Serve = Callable[..., Server]
 Start = Callable[..., Program]
-HEADLESS = "--headless --users=4 --spawn-rate=4 --run-time=1s --stop-timeout=1 --chat-wait=0.02"
+FILES = ("-f", "locustfile.py,plugins/verdict.py")
+SHORT = (
+    "--headless",
+    "--users=4",
+    "--spawn-rate=4",
+    "--run-time=2s",
+    "--stop-timeout=5",
+    "--chat-wait=0.02",
+)
+GENEROUS = "--chat-max-p95=60000"  # ms; no echo of these tests takes so long
 
 
-def judged(
-    echoes: int, failed: int, connects: int = 0, *, ratio: str = "", p95: str = "", mistakes: bool = False
-) -> int | None:
-    """Return the exit code for echoes that took 1, 2, 3, … ms, of which so many failed, and so many failed connects."""
-    options = argparse.Namespace(chat_max_fail_ratio=ratio, chat_max_p95=p95)
-    environment = Environment(parsed_options=options)
-    runner = environment.create_local_runner()
-    for number in range(echoes):
-        environment.events.request.fire(
-            request_type="TCP",
-            name="echo_response",
-            response_time=number + 1,
-            response_length=1,
-            exception=locustfile.EchoTimeout() if number < failed else None,
-            context={},
+class Run:
+    """A run whose rows the test fires itself."""
+
+    def __init__(self) -> None:
+        self.environment = Environment()
+        self.runner = self.environment.create_local_runner()
+
+    def rows(self, name: str, count: int, failed: int = 0) -> None:
+        """Fire so many rows, of which so many failed; they took 1, 2, 3, … ms."""
+        for number in range(count):
+            self.environment.events.request.fire(
+                request_type="TCP",
+                name=name,
+                response_time=number + 1,
+                response_length=1,
+                exception=locustfile.ConnectionClosed() if number < failed else None,
+                context={},
+            )
+
+    def exit_code(self, *, ratio: str = "", p95: str = "") -> int | str | None:
+        """Return the exit code with these limits."""
+        self.environment.parsed_options = argparse.Namespace(
+            chat_max_fail_ratio=ratio, chat_max_p95=p95, exit_code_on_error=7
         )
-    for _ in range(connects):
-        environment.events.request.fire(
-            request_type="TCP", name="connect", response_time=1, response_length=0, exception=OSError(), context={}
-        )
-    if mistakes:
-        runner.log_exception("local", "NameError", "the user's own mistake")
-    locustfile.judge(environment)
-    runner.quit()
-    return environment.process_exit_code
+        verdict.judge(self.environment)
+        return self.environment.process_exit_code
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Return a run without any row."""
+    run = Run()
+    yield run
+    run.runner.quit()
 
 
 @pytest.mark.parametrize(
-    ("echoes", "failed", "connects", "ratio", "p95", "code"),
+    ("count", "failed", "limit", "code"),
     [
-        (100, 1, 0, "0.01", "", 0),
-        (100, 2, 0, "0.01", "", 1),
-        (99, 0, 1, "0.01", "", 0),
-        (99, 0, 2, "0.01", "", 1),
-        (100, 0, 0, "0", "", 0),
-        (100, 1, 0, "0", "", 1),
-        (100, 0, 0, "", "96", 0),
-        (100, 0, 0, "", "95.9", 1),
-        (100, 50, 0, "", "96", 0),
-        (100, 0, 0, "0.01", "1", 1),
-        (100, 100, 0, "1", "", 1),
-        (0, 0, 0, "1", "100", 1),
-        (0, 0, 5, "", "100", 1),
-        (100, 100, 0, "", "", None),
+        (100, 0, "0", 0),
+        (100, 1, "0", 1),
+        (100, 1, "0.01", 0),
+        (100, 2, "0.01", 1),
+        (100, 99, ".99", 0),
     ],
 )
-def test_the_exit_code(echoes: int, failed: int, connects: int, ratio: str, p95: str, code: int | None) -> None:
-    assert judged(echoes, failed, connects, ratio=ratio, p95=p95) == code
+def test_the_share_of_failed_echoes(
+    run: Run, count: int, failed: int, limit: str, code: int
+) -> None:
+    run.rows("echo_response", count, failed)
+    assert run.exit_code(ratio=limit) == code
 
 
-def test_a_mistake_in_a_task_is_not_a_pass() -> None:
-    assert judged(100, 0, ratio="0.01", mistakes=True) is None  # then Locust's own rule makes it 1
-    assert judged(100, 50, ratio="0.01", mistakes=True) == 1
+@pytest.mark.parametrize("name", ["connect", "login", "send_chat", "disconnect", "bought"])
+def test_failures_of_every_row_count(run: Run, name: str) -> None:
+    run.rows("echo_response", 98)
+    run.rows(name, 2, failed=2)
+    assert run.exit_code(ratio="0.019") == 1
 
 
-def some_fail(connection: socket.socket) -> None:
-    """Echo, but cut each third message."""
-    for number, line in enumerate(lines(connection), 1):
-        connection.sendall(line[: 20 if number % 3 == 0 else None] + b"\n")
+def test_a_send_is_no_second_try_beside_its_echo_nor_is_a_connect(run: Run) -> None:
+    run.rows("connect", 100)
+    run.rows("send_chat", 100)
+    run.rows("echo_response", 100, failed=2)
+    assert run.exit_code(ratio="0.019") == 1
+
+
+def test_named_rows_are_tries_like_any_other(run: Run) -> None:
+    run.rows("send_chat", 150)
+    run.rows("echo_response", 50, failed=1)
+    run.rows("join", 50)
+    assert run.exit_code(ratio="0.01") == 0
+
+
+def test_what_others_sent_neither_hides_failures_nor_makes_them_more(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.rows("echo_response", 100, failed=10)
+    run.rows("delivery", 9000, failed=90)
+    assert run.exit_code(ratio="0.05") == 1
+    assert "failed: fail ratio 0.1 (limit 0.05)" in capsys.readouterr().err
+
+
+def test_lost_deliveries_count(run: Run) -> None:
+    run.rows("echo_response", 1000)
+    run.rows("delivery", 100, failed=2)
+    assert run.exit_code(ratio="0.01") == 1
+
+
+@pytest.mark.parametrize(("limit", "code"), [("96", 0), ("95.9", 1)])
+def test_the_percentile_is_that_of_the_echoes(run: Run, limit: str, code: int) -> None:
+    run.rows("echo_response", 100)  # the 95th of which took 96 ms, as Locust counts
+    run.rows("login", 5000)
+    run.rows("join", 5000)
+    assert run.exit_code(p95=limit) == code
+
+
+def test_either_limit_can_fail_a_run(run: Run) -> None:
+    run.rows("echo_response", 100)
+    assert run.exit_code(ratio="0.01", p95="1") == 1
 
 
 @pytest.mark.parametrize(
-    ("limits", "code", "part"),
-    [
-        ("--chat-max-fail-ratio=0.6 --chat-max-p95=500", 0, "passed: fail ratio 0."),
-        ("--chat-max-fail-ratio=0.01", 1, "(limit 0.01)"),
-    ],
+    ("name", "failed"), [("echo_response", 5), ("login", 0), ("join", 0), ("send_chat", 0)]
 )
-def test_a_run_of_which_a_third_fails(start: Start, serve: Serve, limits: str, code: int, part: str) -> None:
-    running = start(*LOCUST, f"--host={serve(some_fail).address}", *HEADLESS.split(), *limits.split())
-    assert running.ends() == code
-    verdicts = [line for line in running.output.splitlines() if "verdict" in line]
-    assert len(verdicts) == 1 and part in verdicts[0]
+def test_a_run_without_any_echo_never_passes(
+    run: Run, capsys: pytest.CaptureFixture[str], name: str, failed: int
+) -> None:
+    run.rows(name, 5, failed)
+    assert run.exit_code(ratio="1", p95="60000") == 1
+    assert "no echo came" in capsys.readouterr().err
 
 
-def test_a_server_that_never_answers_does_not_pass(start: Start, serve: Serve) -> None:
-    server = serve(lambda connection: [None for _ in lines(connection)])
-    running = start(
-        *LOCUST, f"--host={server.address}", *HEADLESS.split(), "--chat-max-fail-ratio=1", "--chat-timeout=9"
+def test_without_a_limit_there_is_no_verdict(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.rows("echo_response", 5, failed=5)
+    assert run.exit_code() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_one_line_names_figures_and_limits_once(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.rows("echo_response", 12)
+    run.exit_code(ratio="0.01", p95="200")
+    run.exit_code(ratio="0.01", p95="200")  # as Locust may come here twice
+    assert capsys.readouterr().err == (
+        "locust: verdict passed: fail ratio 0 (limit 0.01), 95th percentile 12 ms (limit 200)\n"
     )
+
+
+def test_an_exception_in_a_task_fails_a_run_as_locust_has_it(run: Run) -> None:
+    run.rows("echo_response", 5)
+    run.runner.log_exception("local", "NameError", "the user's own mistake")
+    assert run.exit_code(ratio="0.01") == 7  # --exit-code-on-error
+
+
+def test_a_failure_that_another_plugin_found_stays(run: Run) -> None:
+    run.rows("echo_response", 5)
+    run.environment.process_exit_code = 3
+    assert run.exit_code(ratio="0.01") == 3
+
+
+def test_a_wrong_limit_of_the_web_form_fails_and_says_what_to_write(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.rows("echo_response", 5)
+    assert run.exit_code(ratio="few") == 1
+    assert "'few' will not do: write 0 to 1, such as 0.01" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------- the command, as it is
+
+
+def documented() -> list[str]:
+    """Return the arguments of the command that the first lines show."""
+    text = ast.get_docstring(ast.parse((ROOT / "plugins/verdict.py").read_text("utf-8"))) or ""
+    command = text.split("\n\n")[1].replace("\\\n", "")
+    program, *arguments = shlex.split(command)
+    assert program == "locust"
+    return arguments
+
+
+def verdicts(output: str) -> list[str]:
+    """Return the lines that say a verdict."""
+    return [line for line in output.splitlines() if line.startswith("locust: verdict ")]
+
+
+def test_the_documented_command_with_a_server_that_echoes(start: Start, serve: Serve) -> None:
+    host = f"--host={serve(echo).address}"
+    running = start(*LOCUST, *documented(), host, *SHORT, GENEROUS)
+    assert running.ends() == 0
+    (line,) = verdicts(running.output)
+    assert line.startswith("locust: verdict passed: fail ratio 0 (limit 0.01), 95th percentile ")
+    assert line.endswith(" ms (limit 60000)")
+
+
+LOGIN = """
+import locustfile
+
+class Member(locustfile.ChatClient):
+    def on_connect(self):
+        if self.client.send_chat("PASS secret", echo="any") != "welcome":
+            raise ConnectionError("the login failed")
+"""
+
+
+def test_a_server_that_refuses_every_login_fails(
+    start: Start, serve: Serve, tmp_path: Path
+) -> None:
+    def server(connection: socket.socket) -> None:
+        for _ in lines(connection):
+            connection.sendall(b"wrong password\n")
+
+    member = tmp_path / "member.py"
+    member.write_text(LOGIN)
+    files = ("-f", f"{member},plugins/verdict.py")
+    limits = ("--chat-max-fail-ratio=0.9", GENEROUS)
+    running = start(*LOCUST, *files, f"--host={serve(server).address}", *SHORT, *limits)
     assert running.ends() == 1
-    assert "verdict failed: fail ratio 0 (limit 1), no echo came" in running.output
+    (line,) = verdicts(running.output)
+    assert line.startswith("locust: verdict failed: ")
+    assert line.endswith("no echo came")
 
 
-def test_in_a_distributed_run_the_master_judges_when_all_workers_have_told_all(start: Start, serve: Serve) -> None:
-    bus, limits, received = str(free_port()), "--chat-max-p95=0.001", list[bytes]()
+def test_a_server_that_disconnects_everybody_after_40_messages_fails_two_processes_too(
+    start: Start, serve: Serve
+) -> None:
+    def server(connection: socket.socket) -> None:
+        for number, line in enumerate(lines(connection), 1):
+            connection.sendall(line + b"\n")
+            if number == 40:
+                return
+
+    bus = free_port()
+    options = f"--processes=2 --master-bind-port={bus} --master-port={bus} --run-time=10m"
+    limits = ("--chat-max-fail-ratio=0.01", GENEROUS)
+    listening = serve(server)
+    host = f"--host={listening.address}"
+    running = start(*LOCUST, *FILES, host, *SHORT, *options.split(), *limits)
+    wait_until(lambda: listening.opened > 20)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.ends() == 1
+    (line,) = verdicts(running.output)
+    assert line.startswith("locust: verdict failed: fail ratio 0.02")  # one of 41
+    assert "no echo came" not in line
+
+
+def test_a_server_that_never_answers_fails(start: Start, serve: Serve) -> None:
+    host = f"--host={serve(silent).address}"
+    options = ("--chat-timeout=60", "--stop-timeout=0", "--chat-max-fail-ratio=1")
+    running = start(*LOCUST, *FILES, host, *SHORT, *options)
+    assert running.ends() == 1
+    assert verdicts(running.output) == [
+        "locust: verdict failed: fail ratio 0 (limit 1), no echo came"
+    ]
+
+
+def test_the_master_judges_with_the_last_reports_of_a_worker_that_has_its_files_from_it(
+    start: Start, serve: Serve
+) -> None:
+    received: list[bytes] = []
 
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
             received.append(line)
             connection.sendall(line + b"\n")
 
-    worker = start(*LOCUST, "--worker", f"--master-port={bus}", limits)
-    options = f"--headless --expect-workers=1 --users=2 --spawn-rate=9 --chat-wait=0.1 --host={serve(server).address}"
-    master = start(*LOCUST, "--master", f"--master-bind-port={bus}", *options.split(), limits)
-    wait_until(lambda: len(received) > 5)  # of which the master, told every 3 s, knows nothing yet
+    bus = str(free_port())
+    listening = serve(server)
+    worker = start(*LOCUST, "-f", "-", "--worker", f"--master-port={bus}")
+    options = "--headless --expect-workers=1 --users=2 --spawn-rate=9 --chat-wait=0.1"
+    files = ("-f", "locustfile.py,plugins/delivery.py,plugins/verdict.py", "RoomClient")
+    master = start(
+        *LOCUST,
+        *files,
+        *("--master", f"--master-bind-port={bus}", f"--host={listening.address}"),
+        *options.split(),
+        "--chat-max-p95=0.001",
+    )
+    wait_until(lambda: len(received) > 5)  # of which the master, told every 3 s, may know nothing
     master.process.send_signal(signal.SIGTERM)
     assert (master.ends(), worker.ends()) == (1, 0)
-    assert master.output.count("verdict failed: 95th percentile ") == 1
-    assert "no echo came" not in master.output and "verdict" not in worker.output
+    (line,) = verdicts(master.output)
+    assert line.startswith("locust: verdict failed: 95th percentile ")
+    assert "no echo came" not in line
+    assert "verdict" not in worker.output
+
+
+def test_limits_from_the_form_of_the_web_ui(start: Start, serve: Serve) -> None:
+    port = free_port()
+    options = (f"--host={serve(echo).address}", "--web-host=127.0.0.1", f"--web-port={port}")
+    running = start(*LOCUST, *FILES, *options, "--chat-wait=0.02")
+    running.prints("Starting web interface")
+    form = {"user_count": "2", "spawn_rate": "9", "chat_max_p95": "60000"}
+    wait_until(lambda: asked(port, "swarm", urllib.parse.urlencode(form).encode()))
+    wait_until(lambda: b'"name":"echo_response"' in asked(port, "stats/requests"))
+    running.process.send_signal(signal.SIGTERM)
+    assert running.ends() == 0
+    (line,) = verdicts(running.output)
+    assert line.startswith("locust: verdict passed: 95th percentile ")
+
+
+def asked(port: int, path: str, data: bytes | None = None) -> bytes:
+    """Return what the web UI answers, without spaces; nothing while it is not there yet."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", data, 60) as response:
+            return bytes(response.read()).replace(b" ", b"")
+    except OSError:
+        return b""
+
+
+def test_wrong_limits_are_one_line_that_says_what_to_write_instead(start: Start) -> None:
+    ratio = start(*LOCUST, *FILES, "--headless", "--chat-max-fail-ratio=2")
+    p95 = start(*LOCUST, *FILES, "--headless", CHAT_MAX_P95="fast")
+    assert (ratio.ends(), p95.ends()) != (0, 0)
+    assert ratio.output.splitlines() == [
+        "locust: error: argument --chat-max-fail-ratio: '2' will not do: write 0 to 1, such as 0.01"
+    ]
+    assert p95.output.splitlines() == [
+        "locust: error: argument --chat-max-p95: 'fast' will not do: write ms above 0, such as 200"
+    ]

@@ -1,0 +1,873 @@
+"""``send_chat``: messages in flight, functions as ``echo``, logins, refusals, ``compose``."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import socket
+from collections.abc import Callable
+from typing import Literal
+
+import gevent
+import pytest
+from gevent.event import Event
+from locust.event import EventHook
+from programs import wait_until
+from rows import Rows, outcome
+from servers import Server, echo, free_port, lines
+
+from locustfile import TCPSocketClient
+
+Serve = Callable[..., Server]
+Connect = Callable[..., TCPSocketClient]
+
+
+def in_any_order(count: int, shuffle: Callable[[list[bytes]], object]) -> Callable[..., None]:
+    """Return a server that collects so many messages, and echoes them in another order."""
+
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        while batch := [line for _, line in zip(range(count), arriving, strict=False)]:
+            shuffle(batch)
+            connection.sendall(b"".join(line + b"\n" for line in batch))
+
+    return server
+
+
+def collecting(received: list[bytes]) -> Callable[[socket.socket], None]:
+    """Return a server that keeps what it receives, and says nothing."""
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            received.append(line)
+
+    return server
+
+
+def answering(answer: bytes, received: list[bytes]) -> Callable[[socket.socket], None]:
+    """Return a server that keeps what it receives, and gives each message the same answer."""
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            received.append(line)
+            connection.sendall(answer)
+
+    return server
+
+
+def echo_rows(rows: Rows) -> list[int]:
+    """Return the lengths of the echoes, in the order in which they were reported."""
+    return [row["response_length"] for row in rows.named("echo_response")]
+
+
+# -------------------------------------------------------------------------------- several in flight
+
+
+def test_a_message_that_is_not_waited_for_returns_at_once_and_reports_later(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    go_on = Event()
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            go_on.wait()
+            connection.sendall(line + b"\n")
+
+    client = connect(serve(server).port)
+    assert client.send_chat("hello", wait=False) is None
+    assert rows.counts() == {"connect": 1}
+    go_on.set()
+    wait_until(lambda: rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1})
+
+
+def test_a_client_that_does_not_wait_waits_where_it_is_told_to(
+    serve: Serve, connect: Connect
+) -> None:
+    client = connect(serve(echo).port, waits=False)
+    assert client.send_chat("hello") is None
+    assert client.send_chat("hello", wait=True) is not None
+
+
+@pytest.mark.parametrize("shuffle", [list.reverse, random.shuffle], ids=["reverse", "random"])
+def test_echoes_find_their_own_messages_in_whatever_order_they_come(
+    serve: Serve, connect: Connect, rows: Rows, shuffle: Callable[[list[bytes]], object]
+) -> None:
+    """Twenty of them, as the tag x.1 is part of the tag x.17."""
+    client = connect(serve(in_any_order(20, shuffle)).port)
+    texts = [f"message {number}" for number in range(20)]
+    greenlets = [gevent.spawn(client.send_chat, text) for text in texts]
+    gevent.joinall(greenlets, timeout=60)
+    echoes = [str(greenlet.value).partition("] ")[2] for greenlet in greenlets]
+    assert echoes == texts
+    assert rows.counts() == {"connect": 1, "send_chat": 20, "echo_response": 20}
+
+
+def test_messages_go_out_in_the_order_of_the_calls(serve: Serve, connect: Connect) -> None:
+    received: list[bytes] = []
+    client = connect(serve(collecting(received)).port)
+    for number in range(50):
+        client.send_chat(f"{number}", wait=False, echo=("none", "any", "full")[number % 3])
+    wait_until(lambda: len(received) == 50)
+    assert [int(line.split()[-1]) for line in received] == list(range(50))
+
+
+def test_a_message_not_waited_for_does_not_hold_up_one_that_is(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        """Keep the first message back until the second has been answered twice over."""
+        arriving = lines(connection)
+        first = next(arriving)
+        second = next(arriving)
+        connection.sendall(second + b"\n")
+        next(arriving)
+        connection.sendall(first + b"\n")
+
+    client = connect(serve(server).port)
+    client.send_chat("the first", wait=False)
+    assert str(client.send_chat("second")).endswith("second")
+    assert len(rows.named("echo_response")) == 1
+    client.send_chat("go on", echo="none")
+    wait_until(lambda: len(rows.named("echo_response")) == 2)
+
+
+def test_thousands_in_flight_are_found_without_looking_at_each_other(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    """Counted in comparisons, not in time: a text is compared as often as it has echoes."""
+    count = 5000
+    looked_at: list[int] = []
+
+    class Counted(bytes):
+        """Notes each time that it is looked for in a message."""
+
+        def __hash__(self) -> int:
+            return super().__hash__()
+
+        def __eq__(self, other: object) -> bool:
+            looked_at.append(1)
+            return super().__eq__(other)
+
+    client = connect(
+        serve(in_any_order(count, list.reverse)).port,
+        timeout=120,
+        expected=lambda tag, message: Counted(f"[{tag}] {message}".encode()),
+    )
+    for number in range(count):
+        client.send_chat(f"{number}", wait=False)
+    wait_until(lambda: len(rows.named("echo_response")) == count, 120)
+    assert not any(row["exception"] for row in rows)
+    assert len(looked_at) <= 2 * count
+
+
+def test_untagged_messages_are_answered_oldest_first(serve: Serve, connect: Connect) -> None:
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        for _ in range(3):
+            next(arriving)
+        connection.sendall(b"one\ntwo\nthree\n")
+
+    client = connect(serve(server).port, echo="any")
+    greenlets = [gevent.spawn(client.send_chat, "hello") for _ in range(3)]
+    gevent.joinall(greenlets, timeout=60)
+    assert [greenlet.value for greenlet in greenlets] == ["one", "two", "three"]
+
+
+def test_an_echo_with_a_tag_of_this_client_never_answers_an_untagged_message(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    """Neither the echo of a message in flight nor one that comes after its time-out."""
+
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        late = next(arriving)
+        tagged = next(arriving)
+        next(arriving)
+        connection.sendall(late + b"\n" + tagged + b"\nthe answer\n")
+
+    client = connect(serve(server).port, timeout=0.5)
+    assert client.send_chat("late") is None
+    client.send_chat("tagged", wait=False)
+    assert client.send_chat("/command") == "the answer"
+    wait_until(lambda: rows.counts()["echo_response"] == 2)
+
+
+def test_several_tags_in_one_payload_answer_each_message(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        """Echo three messages in one piece, whatever pieces they came in."""
+        data = b""
+        while data.count(b"!") < 3:
+            data += connection.recv(65536)
+        connection.sendall(data)
+
+    client = connect(serve(server).port, framing="raw")
+    greenlets = [gevent.spawn(client.send_chat, f"{number}!") for number in range(3)]
+    gevent.joinall(greenlets, timeout=60)
+    assert len({greenlet.value for greenlet in greenlets}) == 1
+    assert rows.counts() == {"connect": 1, "send_chat": 3, "echo_response": 3}
+
+
+def test_a_time_out_of_one_tagged_message_leaves_the_others_alone(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            if not line.endswith(b"lost"):
+                connection.sendall(line + b"\n")
+
+    client = connect(serve(server).port, timeout=0.5)
+    client.send_chat("lost", wait=False)
+    for _ in range(10):
+        gevent.sleep(0.1)
+        assert client.send_chat("kept") is not None
+    assert rows.counts()["echo_response: EchoTimeout"] == 1
+    assert rows.counts()["connect"] == 1
+
+
+def test_a_time_out_of_an_untagged_message_closes_and_fails_the_others(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    client = connect(serve(collecting([])).port, timeout=1)
+    client.send_chat("/command", wait=False)
+    gevent.sleep(0.3)
+    client.send_chat("tagged", wait=False)
+    wait_until(lambda: len(rows.named("echo_response")) == 2)
+    counts = rows.counts()
+    assert counts["echo_response: EchoTimeout"] == 1
+    assert counts["echo_response: ConnectionClosed"] == 1
+    assert client.connected_since is None
+
+
+# ----------------------------------------------------------------------------- the connection's end
+
+
+def flood_without_end(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b"x" * 65536)
+
+
+@pytest.mark.parametrize(
+    ("ending", "error"),
+    [
+        (lambda connection: connection.close(), "ConnectionClosed"),
+        (flood_without_end, "MessageTooLong"),
+    ],
+)
+def test_a_connection_that_ends_fails_all_in_flight_with_its_own_reason(
+    serve: Serve,
+    connect: Connect,
+    rows: Rows,
+    ending: Callable[[socket.socket], None],
+    error: str,
+) -> None:
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        for _ in range(4):
+            next(arriving)
+        ending(connection)
+
+    client = connect(serve(server).port)
+    client.send_chat("tagged", wait=False)
+    client.send_chat("tagged, too", wait=False)
+    client.send_chat("/command", wait=False)
+    assert client.send_chat("login", echo=lambda line: False) is None
+    wait_until(lambda: len(rows.named("echo_response")) == 4)
+    counts = {"connect": 1, "send_chat": 4, f"echo_response: {error}": 4}
+    assert rows.counts() == counts
+
+
+def test_after_an_own_close_nothing_in_flight_has_an_echo_row(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+    client = connect(serve(collecting(received)).port)
+    waiting = gevent.spawn(client.send_chat, "tagged")
+    client.send_chat("/command", wait=False)
+    wait_until(lambda: len(received) == 2)
+    client.close()
+    waiting.join(60)
+    assert waiting.value is None
+    wait_until(lambda: rows.counts() == {"connect": 1, "send_chat": 2})
+
+
+# ----------------------------------------------------------------------------- greenlets that share
+
+
+def test_several_greenlets_share_one_attempt_to_connect(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    server = serve(echo)
+    client = connect(server.port)
+    greenlets = [gevent.spawn(client.send_chat, "hello") for _ in range(10)]
+    gevent.joinall(greenlets, timeout=60)
+    assert all(greenlet.value for greenlet in greenlets)
+    assert server.opened == 1
+    assert rows.counts() == {"connect": 1, "send_chat": 10, "echo_response": 10}
+
+
+def test_several_greenlets_share_an_attempt_that_fails(connect: Connect, rows: Rows) -> None:
+    client = connect(free_port())
+    greenlets = [gevent.spawn(client.send_chat, "hello") for _ in range(10)]
+    gevent.joinall(greenlets, timeout=60)
+    assert [greenlet.value for greenlet in greenlets] == [None] * 10
+    assert rows.counts() == {"connect: ConnectionRefusedError": 1}
+
+
+def test_messages_of_other_greenlets_wait_for_the_login(serve: Serve, connect: Connect) -> None:
+    received: list[bytes] = []
+    connecting = Event()
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            received.append(line)
+            connection.sendall(line + b"\n")
+
+    def log_in() -> None:
+        connecting.set()
+        for step in (b"user", b"password"):
+            gevent.sleep(0.1)
+            client.send_chat(step)
+
+    client = connect(serve(server).port, on_connect=log_in)
+    gevent.spawn(client.connect)
+    connecting.wait()
+    assert client.send_chat("hello") is not None
+    assert received[:2] == [b"user", b"password"]
+    assert received[2].endswith(b"hello")
+
+
+def test_if_the_login_fails_the_messages_that_waited_for_it_are_not_sent(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+
+    def log_in() -> None:
+        gevent.sleep(0.1)
+        raise PermissionError("refused")
+
+    server = serve(collecting(received))
+    client = connect(server.port, on_connect=log_in)
+    greenlets = [gevent.spawn(client.send_chat, "hello") for _ in range(5)]
+    gevent.joinall(greenlets, timeout=60)
+    assert [greenlet.value for greenlet in greenlets] == [None] * 5
+    assert rows.counts() == {"connect": 1, "login: PermissionError": 1}
+    wait_until(lambda: server.open == 0)
+    assert not received
+
+
+def test_if_the_greenlet_that_connects_is_stopped_another_makes_the_next_attempt(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    logins: list[object] = []
+
+    def log_in() -> None:
+        logins.append(gevent.getcurrent())
+        if len(logins) == 1:
+            gevent.sleep(3600)
+
+    server = serve(echo)
+    client = connect(server.port, on_connect=log_in)
+    first = gevent.spawn(client.connect)
+    wait_until(lambda: logins)
+    second = gevent.spawn(client.send_chat, "hello")
+    gevent.sleep(0.1)
+    first.kill()
+    second.join(60)
+    assert second.value is not None
+    assert logins == [first, second]
+
+
+def test_a_greenlet_stopped_while_connect_is_reported_leaves_no_connection_without_login(
+    serve: Serve, connect: Connect, request_event: EventHook
+) -> None:
+    logins: list[bool] = []
+    reporting = Event()
+
+    def hold_up(name: str, **_: object) -> None:
+        if name == "connect" and not reporting.is_set():
+            reporting.set()
+            gevent.sleep(3600)
+
+    client = connect(serve(echo).port, on_connect=lambda: logins.append(True))
+    request_event.add_listener(hold_up)
+    connecting = gevent.spawn(client.connect)
+    reporting.wait()
+    connecting.kill()
+    assert client.send_chat("hello") is not None
+    assert logins == [True]
+
+
+def test_a_greenlet_stopped_within_send_chat_has_no_echo_row_and_the_others_go_on(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+    go_on = Event()
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            received.append(line)
+            if len(received) == 3:
+                go_on.wait()
+                connection.sendall(b"".join(line + b"\n" for line in received))
+
+    client = connect(serve(server).port)
+    before = gevent.spawn(client.send_chat, "before")
+    stopped = gevent.spawn(client.send_chat, "stopped")
+    after = gevent.spawn(client.send_chat, "after")
+    wait_until(lambda: len(received) == 3)
+    stopped.kill()
+    go_on.set()
+    gevent.joinall([before, after], timeout=60)
+    assert str(before.value).endswith("before")
+    assert str(after.value).endswith("after")
+    wait_until(lambda: rows.counts() == {"connect": 1, "send_chat": 3, "echo_response": 2})
+
+
+def test_the_answer_of_a_stopped_untagged_message_is_not_given_to_the_next(
+    serve: Serve, connect: Connect
+) -> None:
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        next(arriving)
+        next(arriving)
+        connection.sendall(b"one\ntwo\n")
+
+    client = connect(serve(server).port, echo="any")
+    stopped = gevent.spawn(client.send_chat, "one")
+    wait_until(lambda: client.connected_since is not None)
+    gevent.sleep(0.1)
+    stopped.kill()
+    assert client.send_chat("two") == "two"
+
+
+def test_a_task_may_have_a_time_out_of_its_own(serve: Serve, connect: Connect, rows: Rows) -> None:
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        next(arriving)
+        for line in arriving:
+            connection.sendall(line + b"\n")
+
+    client = connect(serve(server).port)
+    client.connect()
+    with gevent.Timeout(0.2, False):
+        client.send_chat("never answered")
+    assert client.send_chat("answered") is not None
+    assert rows.counts()["connect"] == 1
+    assert rows.counts()["echo_response"] == 1
+
+
+# ---------------------------------------------------------------------------- what a message may be
+
+
+def test_bytes_go_out_as_they_are_and_the_echo_is_bytes(serve: Serve, connect: Connect) -> None:
+    received: list[bytes] = []
+    server = serve(answering(b"\xff\x00\n", received))
+    assert connect(server.port).send_chat(b"\x00\xfe") == b"\xff\x00"
+    assert received == [b"\x00\xfe"]
+
+
+@pytest.mark.parametrize("mode", ["full", "tag", "any"])
+def test_untagged_text_and_bytes_take_any_answer_whatever_the_mode(
+    serve: Serve, connect: Connect, mode: Literal["full", "tag", "any"]
+) -> None:
+    server = serve(lambda c: [c.sendall(b"done\n") for _ in lines(c)])
+    client = connect(server.port, echo=mode)
+    assert client.send_chat("/command") == "done"
+    assert client.send_chat(b"binary") == b"done"
+
+
+def test_text_in_mode_none_is_tagged_all_the_same_and_commands_and_bytes_are_not(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+    client = connect(serve(collecting(received)).port, echo="none")
+    for message in ("text", "/command", b"bytes"):
+        assert client.send_chat(message) is None
+    wait_until(lambda: len(received) == 3)
+    assert received == [f"[{client.identity}.1] text".encode(), b"/command", b"bytes"]
+    assert rows.counts() == {"connect": 1, "send_chat": 3}
+
+
+def test_a_name_is_that_of_the_row_that_ends_the_exchange(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    client = connect(serve(echo).port)
+    client.send_chat("/join", name="join")
+    client.send_chat("bye", echo="none", name="leave")
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "join": 1, "leave": 1}
+
+
+def test_a_named_message_that_fails_fails_under_its_name(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    client = connect(serve(collecting([])).port, timeout=0.2)
+    client.send_chat("/join", name="join")
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "join: EchoTimeout": 1}
+
+
+# -------------------------------------------------------------------------------- functions as echo
+
+
+def test_a_function_waits_for_the_message_for_which_it_is_true(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+    server = serve(answering(b"- rules\n- more rules\n376 end\nafter\n", received))
+    client = connect(server.port)
+    echoed = client.send_chat("MOTD", echo=lambda line: line.startswith(b"376"))
+    assert echoed == "376 end"
+    assert received == [b"MOTD"]
+    assert echo_rows(rows) == [7]
+
+
+def test_where_a_function_says_no_the_next_untagged_message_is_asked(
+    serve: Serve, connect: Connect
+) -> None:
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        for _ in range(3):
+            next(arriving)
+        connection.sendall(b"for all\nB\nA\n")
+
+    client = connect(serve(server).port)
+    asks = [
+        gevent.spawn(client.send_chat, "a", echo=lambda line: line == b"A"),
+        gevent.spawn(client.send_chat, "b", echo=lambda line: line == b"B"),
+        gevent.spawn(client.send_chat, "any", echo="any"),
+    ]
+    gevent.joinall(asks, timeout=60)
+    assert [greenlet.value for greenlet in asks] == ["A", "B", "for all"]
+
+
+def test_a_function_is_not_asked_about_what_came_before_its_message(
+    serve: Serve, connect: Connect
+) -> None:
+    asked: list[bytes] = []
+
+    def take(line: bytes) -> bool:
+        asked.append(line)
+        return True
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"before\n")
+        next(lines(connection))
+        connection.sendall(b"after\n")
+
+    client = connect(serve(server).port)
+    client.connect()
+    gevent.sleep(0.1)
+    assert client.send_chat("x", echo=take) == "after"
+    assert asked == [b"after"]
+
+
+def test_a_function_that_raises_ends_its_connection_and_disturbs_no_other_user(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            connection.sendall(line + b"\n")
+
+    port = serve(server).port
+    other = connect(port)
+    other.connect()
+    client = connect(port)
+    client.send_chat("warm up")
+    held_up = gevent.spawn(client.send_chat, "/other", echo=lambda line: False)
+    assert client.send_chat("secret 1", echo=lambda line: bool(line[1000])) is None
+    held_up.join(60)
+    assert rows.counts()["echo_response: EchoFunctionError"] == 2
+    assert not any("secret" in repr(row["exception"]) for row in rows)
+    assert other.send_chat("hello") is not None
+    assert client.send_chat("connects again") is not None
+    assert rows.counts()["connect"] == 3
+
+
+# ------------------------------------------------------------------------------------------- logins
+
+
+def test_what_on_connect_sends_is_a_login_and_not_an_echo(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def log_in() -> None:
+        client.send_chat("/user")
+        client.send_chat("tagged")
+        client.send_chat("/join", name="join")
+        client.send_chat("/away", echo="none")
+
+    client = connect(serve(echo).port, on_connect=log_in)
+    assert client.connect()
+    assert rows.counts() == {"connect": 1, "send_chat": 4, "login": 2, "join": 1}
+    client.send_chat("hello")
+    assert rows.counts()["echo_response"] == 1
+    assert rows.counts()["login"] == 2
+
+
+def test_a_login_waits_for_its_answers_also_where_the_client_does_not_wait(
+    serve: Serve, connect: Connect
+) -> None:
+    answers: list[object] = []
+
+    def log_in() -> None:
+        answers.append(client.send_chat("/login"))
+
+    client = connect(serve(echo).port, waits=False, on_connect=log_in)
+    assert client.connect()
+    assert answers == ["/login"]
+
+
+@pytest.mark.parametrize("error", [PermissionError("refused"), ValueError("refused")])
+def test_an_on_connect_that_raises_is_one_failed_login(
+    serve: Serve, connect: Connect, rows: Rows, error: Exception
+) -> None:
+    def log_in() -> None:
+        client.send_chat("/login")
+        raise error
+
+    server = serve(echo)
+    client = connect(server.port, on_connect=log_in)
+    assert not client.connect()
+    failure = f"login: {type(error).__name__}"
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "login": 1, failure: 1}
+    wait_until(lambda: server.open == 0)
+
+
+def test_a_login_whose_message_has_failed_is_not_counted_again_when_it_raises(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def log_in() -> None:
+        if client.send_chat("/login") is None:
+            raise PermissionError("no answer")
+
+    client = connect(serve(collecting([])).port, on_connect=log_in, timeout=0.2)
+    assert not client.connect()
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "login: EchoTimeout": 1}
+
+
+def test_a_refused_login_is_a_failed_login(serve: Serve, connect: Connect, rows: Rows) -> None:
+    def log_in() -> None:
+        client.send_chat("/login")
+
+    client = connect(
+        serve(answering(b"wrong password\n", [])).port,
+        on_connect=log_in,
+        is_refusal=lambda payload: payload.startswith(b"wrong"),
+    )
+    client.connect()
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "login: EchoRefused": 1}
+
+
+def test_a_login_that_raises_what_nobody_expects_does_not_storm_the_server(
+    serve: Serve, connect: Connect
+) -> None:
+    def log_in() -> None:
+        raise LookupError("no password for this user")
+
+    server = serve(collecting([]))
+    client = connect(server.port, on_connect=log_in)
+    for _ in range(6):
+        with pytest.raises(LookupError):
+            client.send_chat("hello")
+    started = client_clock()
+    # Six pauses of up to 0.1, 0.2, 0.4, 0.8, 1.6 and 3.2 seconds: all below 1 ms is no chance.
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            client.send_chat("hello")
+    assert client_clock() - started > 0.005
+
+
+def client_clock() -> float:
+    """Return the time on the clock of the event loop, after it has taken a turn."""
+    gevent.sleep(0)
+    return float(gevent.get_hub().loop.now())
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def test_an_echo_that_is_a_refusal_fails_and_returns_nothing(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    server = serve(lambda c: [c.sendall(b"error: " + line + b"\n") for line in lines(c)])
+    client = connect(server.port, is_refusal=lambda payload: payload.startswith(b"error"))
+    assert client.send_chat("hello") is None
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response: EchoRefused": 1}
+    assert rows[-1]["response_length"] == len(f"error: [{client.identity}.1] hello")
+
+
+def test_what_is_refusal_raises_comes_out_of_send_chat(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def judge(payload: bytes) -> bool:
+        raise LookupError("no such code")
+
+    client = connect(serve(echo).port, is_refusal=judge)
+    with pytest.raises(LookupError, match="no such code"):
+        client.send_chat("hello")
+    assert rows.counts() == {"connect": 1, "send_chat": 1}
+    assert client.connected_since is not None
+
+
+def test_what_is_refusal_raises_is_reported_where_nobody_waits(
+    serve: Serve, connect: Connect
+) -> None:
+    errors: list[Exception] = []
+
+    def judge(payload: bytes) -> bool:
+        raise LookupError("no such code")
+
+    client = connect(serve(echo).port, is_refusal=judge, report_error=errors.append)
+    client.send_chat("hello", wait=False)
+    wait_until(lambda: [str(error) for error in errors] == ["no such code"])
+
+
+def test_is_refusal_may_block_in_the_greenlet_of_the_user(serve: Serve, connect: Connect) -> None:
+    def judge(payload: bytes) -> bool:
+        gevent.sleep(0.1)
+        return False
+
+    assert connect(serve(echo).port, is_refusal=judge).send_chat("hello") is not None
+
+
+# ----------------------------------------------------------------------------- compose and expected
+
+
+def wrapped(change: Callable[[bytes], bytes]) -> Callable[[socket.socket], None]:
+    """Return a server that takes the text out of an element, and puts it into another."""
+
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            match = re.search(rb"<body>(.*)</body>", line)
+            assert match is not None
+            connection.sendall(b"<message from='a'>" + change(match[1]) + b"</message>\n")
+
+    return server
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (lambda body: body, "echo_response"),
+        (lambda body: body.replace(b"hello", b"hullo"), "echo_response: EchoAltered"),
+    ],
+)
+def test_expected_is_what_a_full_echo_has_to_contain(
+    serve: Serve, connect: Connect, rows: Rows, change: Callable[[bytes], bytes], row: str
+) -> None:
+    client = connect(
+        serve(wrapped(change)).port,
+        compose=lambda tag, message: f"<stanza><body>{tag} {message}</body></stanza>",
+        expected=lambda tag, message: f"{tag} {message}",
+    )
+    client.send_chat("hello")
+    assert rows.counts() == {"connect": 1, "send_chat": 1, row: 1}
+
+
+def test_an_echo_that_ends_before_what_is_expected_does_is_truncated(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        for line in lines(connection):
+            connection.sendall(line[: -len("lo</body>")] + b"\n")
+
+    client = connect(
+        serve(server).port,
+        compose=lambda tag, message: f"<body>{tag} {message}</body>",
+        expected=lambda tag, message: f"{tag} {message}".encode(),
+    )
+    client.send_chat("hello")
+    assert rows.counts()["echo_response: EchoTruncated"] == 1
+
+
+def test_an_expected_of_none_means_all_that_was_sent(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    client = connect(serve(echo).port, expected=lambda tag, message: None)
+    assert client.send_chat("hello") == f"[{client.identity}.1] hello"
+
+
+@pytest.mark.parametrize("size", [5, *range(46, 60), 65, 100])
+def test_compose_may_return_bytes_with_any_byte_before_the_tag(
+    serve: Serve, connect: Connect, rows: Rows, size: int
+) -> None:
+    """A header byte such as a length may be the code of a letter or of a digit."""
+    client = connect(
+        serve(echo).port,
+        framing=">H",
+        timeout=2,
+        compose=lambda tag, message: bytes([len(message)]) + f"{tag} {message}".encode(),
+    )
+    text = "x" * size
+    assert client.send_chat(text) == f"{chr(size)}{client.identity}.1 {text}"
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+
+
+def test_a_compose_that_loses_the_tag_is_an_error_and_nothing_is_sent(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    received: list[bytes] = []
+    client = connect(serve(collecting(received)).port, compose=lambda tag, message: message)
+    with pytest.raises(ValueError, match="compose left out the tag"):
+        client.send_chat("hello")
+    client.send_chat(b"after", echo="none")
+    wait_until(lambda: received == [b"after"])
+    assert rows.counts() == {"connect": 1, "send_chat": 1}
+
+
+def test_a_compose_that_puts_a_digit_behind_the_tag_is_an_error_or_is_found(
+    serve: Serve, connect: Connect
+) -> None:
+    """Either will do: what must not be is an echo that cannot be found."""
+    client = connect(serve(echo).port, compose=lambda tag, message: f"{tag}{message}", timeout=2)
+    with contextlib.suppress(ValueError):
+        assert client.send_chat("5 apples") is not None
+
+
+def test_a_message_whose_connection_ends_while_compose_blocks_fails_as_send_chat(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    composing = Event()
+    go_on = Event()
+
+    def slow(tag: str, message: str) -> str:
+        composing.set()
+        go_on.wait()
+        return f"[{tag}] {message}"
+
+    def server(connection: socket.socket) -> None:
+        composing.wait()
+
+    client = connect(serve(server).port, compose=slow)
+    sending = gevent.spawn(client.send_chat, "hello")
+    wait_until(lambda: rows.named("disconnect"))
+    go_on.set()
+    sending.join(60)
+    assert sending.successful()
+    assert sending.value is None
+    assert [outcome(row) for row in rows if row["exception"] is not None] == [
+        "disconnect: ConnectionClosed",
+        "send_chat: ConnectionClosed",
+    ]
+
+
+def test_after_an_own_close_while_compose_blocks_the_message_has_no_row(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    composing = Event()
+    go_on = Event()
+
+    def slow(tag: str, message: str) -> str:
+        composing.set()
+        go_on.wait()
+        return f"[{tag}] {message}"
+
+    client = connect(serve(echo).port, compose=slow)
+    sending = gevent.spawn(client.send_chat, "hello")
+    composing.wait()
+    client.close()
+    go_on.set()
+    sending.join(60)
+    assert sending.value is None
+    assert rows.counts() == {"connect": 1}

@@ -1,0 +1,445 @@
+"""What no exchange takes goes to ``on_message``: PINGs, broadcasts, slow and failing handlers."""
+
+from __future__ import annotations
+
+import socket
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import pytest
+from gevent.event import Event
+from locust import User, constant, task
+from locust.env import Environment
+from locust.event import Events
+from programs import wait_until
+from rows import Rows
+from servers import Server, echo, lines
+
+from locustfile import TCPChatUser, TCPSocketClient
+
+Serve = Callable[..., Server]
+Connect = Callable[..., TCPSocketClient]
+Run = Callable[..., Environment]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Return a function that starts users of a class; they are stopped after the test."""
+    environments: list[Environment] = []
+
+    def start(user_class: type[User], host: str, users: int = 1) -> Environment:
+        environment = Environment(
+            user_classes=[user_class], host=host, events=Events(), parsed_options=Namespace()
+        )
+        environments.append(environment)
+        environment.create_local_runner().start(users, spawn_rate=users)
+        return environment
+
+    yield start
+    for environment in environments:
+        assert environment.runner is not None
+        environment.runner.quit()
+
+
+def is_ping(line: bytes) -> bool:
+    return line.startswith(b"PING ")
+
+
+class Inbox(list[bytes]):
+    """What ``on_message`` got."""
+
+    def take(self, payload: bytes, arrived: float) -> None:
+        self.append(payload)
+
+
+class PongUser(TCPChatUser):
+    """A user that answers a PING, as one of IRC does."""
+
+    abstract = True
+    wait_time = constant(0)
+
+    def on_message(self, payload: bytes, arrived: float) -> None:
+        if is_ping(payload):
+            self.client.send_chat(payload.replace(b"PING", b"PONG"), echo="none")
+
+
+# --------------------------------------------------------------------------------------- PING, PONG
+
+
+def test_a_ping_is_answered_while_the_user_is_idle(serve: Serve, run: Run) -> None:
+    received: list[bytes] = []
+
+    class Idle(PongUser):
+        @task
+        def nothing(self) -> None:
+            gevent.sleep(60)
+
+    def server(connection: socket.socket) -> None:
+        for number in range(3):
+            connection.sendall(b"PING %d\n" % number)
+            received.append(next(lines(connection)))
+
+    run(Idle, serve(server).address)
+    wait_until(lambda: received == [b"PONG 0", b"PONG 1", b"PONG 2"])
+
+
+def test_a_ping_is_answered_while_the_user_awaits_an_echo(serve: Serve, run: Run) -> None:
+    received: list[bytes] = []
+
+    class Chatting(PongUser):
+        @task
+        def talk(self) -> None:
+            self.client.send_chat("hello")
+
+    def server(connection: socket.socket) -> None:
+        """Echo a message only after the PING that came in its place has been answered."""
+        arriving = lines(connection)
+        for line in arriving:
+            connection.sendall(b"PING 1\n")
+            received.append(next(arriving))
+            connection.sendall(line + b"\n")
+
+    environment = run(Chatting, serve(server).address)
+    wait_until(lambda: environment.stats.get("echo_response", "TCP").num_requests > 3)
+    assert set(received) == {b"PONG 1"}
+    assert not environment.stats.errors
+
+
+def test_a_ping_is_answered_during_the_login(serve: Serve, run: Run) -> None:
+    class LoggingIn(PongUser):
+        def on_connect(self) -> None:
+            self.client.send_chat(b"NICK me", echo=lambda line: line == b"WELCOME")
+
+        @task
+        def talk(self) -> None:
+            self.client.send_chat("hello")
+
+    def server(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        assert next(arriving) == b"NICK me"
+        connection.sendall(b"PING 1\n")
+        if next(arriving) == b"PONG 1":
+            connection.sendall(b"WELCOME\n")
+        for line in arriving:
+            connection.sendall(line + b"\n")
+
+    environment = run(LoggingIn, serve(server).address)
+    wait_until(lambda: environment.stats.get("echo_response", "TCP").num_requests > 3)
+    assert environment.stats.get("login", "TCP").num_requests == 1
+    assert not environment.stats.errors
+
+
+# ------------------------------------------------------------------------------ what is handed over
+
+
+def test_banners_broadcasts_and_late_echoes_come_in_order_and_echoes_do_not(
+    serve: Serve, connect: Connect
+) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"welcome\n")
+        arriving = lines(connection)
+        late = next(arriving)
+        for line in arriving:
+            connection.sendall(b"before\n" + late + b"\n<me> " + line + b"\nafter\n")
+
+    inbox = Inbox()
+    client = connect(serve(server).port, timeout=0.3, on_message=inbox.take)
+    assert client.send_chat("late") is None
+    assert client.send_chat("in time") is not None
+    wait_until(lambda: b"after" in inbox)
+    assert inbox == [b"welcome", b"before", f"[{client.identity}.1] late".encode(), b"after"]
+
+
+def test_arrived_is_when_the_message_was_read_however_late_it_is_handled(
+    serve: Serve, connect: Connect
+) -> None:
+    handled: list[tuple[float, float]] = []
+
+    def slow(payload: bytes, arrived: float) -> None:
+        handled.append((arrived, time.perf_counter()))
+        gevent.sleep(0.3)
+
+    client = connect(serve(lambda c: c.sendall(b"one\ntwo\n")).port, on_message=slow)
+    started = time.perf_counter()
+    client.connect()
+    wait_until(lambda: len(handled) == 2)
+    (first, first_handled), (second, second_handled) = handled
+    assert started <= first == second <= first_handled
+    assert second_handled - second >= 0.3
+
+
+def test_without_on_message_what_nobody_awaits_is_dropped_and_no_greenlet_made(
+    serve: Serve, connect: Connect, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user without the hook pays nothing: neither a queue nor a greenlet a message."""
+    spawned: list[object] = []
+    usual_spawn = gevent.spawn
+
+    def noted_spawn(*arguments: Any, **keywords: Any) -> gevent.Greenlet:
+        spawned.append(arguments)
+        return usual_spawn(*arguments, **keywords)
+
+    server = serve(lambda c: [c.sendall(b"news\n" * 200 + line + b"\n") for line in lines(c)])
+    client = connect(server.port)
+    client.connect()
+    monkeypatch.setattr(gevent, "spawn", noted_spawn)
+    assert client.send_chat("hello") is not None
+    assert not spawned
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+
+
+def test_a_user_class_that_leaves_on_message_alone_never_has_it_called(
+    serve: Serve, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bytes] = []
+    monkeypatch.setattr(
+        TCPChatUser, "on_message", lambda self, payload, arrived: calls.append(payload)
+    )
+
+    class Quiet(TCPChatUser):
+        wait_time = constant(0)
+
+        @task
+        def talk(self) -> None:
+            self.client.send_chat("hello")
+
+    server = serve(lambda c: [c.sendall(b"news\n" + line + b"\n") for line in lines(c)])
+    environment = run(Quiet, server.address)
+    wait_until(lambda: environment.stats.get("echo_response", "TCP").num_requests > 3)
+    assert not calls
+
+
+# --------------------------------------------------------------------------------- what handlers do
+
+
+def test_a_handler_that_sleeps_holds_up_no_echo_and_keeps_the_order(
+    serve: Serve, connect: Connect
+) -> None:
+    inbox = Inbox()
+    go_on = Event()
+
+    def sleepy(payload: bytes, arrived: float) -> None:
+        go_on.wait()
+        inbox.take(payload, arrived)
+
+    def server(connection: socket.socket) -> None:
+        for number, line in enumerate(lines(connection)):
+            connection.sendall(b"news %d\n" % number + line + b"\n")
+
+    client = connect(serve(server).port, on_message=sleepy)
+    assert all(client.send_chat("hello") for _ in range(5))
+    assert not inbox
+    go_on.set()
+    wait_until(lambda: len(inbox) == 5)
+    assert inbox == [b"news %d" % number for number in range(5)]
+
+
+def test_what_a_handler_raises_is_reported_and_the_connection_goes_on(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    inbox = Inbox()
+    errors: list[Exception] = []
+
+    def raising(payload: bytes, arrived: float) -> None:
+        inbox.take(payload, arrived)
+        raise LookupError("no such room")
+
+    server = serve(lambda c: [c.sendall(b"news\n" + line + b"\n") for line in lines(c)])
+    client = connect(server.port, on_message=raising, report_error=errors.append)
+    assert client.send_chat("one") is not None
+    assert client.send_chat("two") is not None
+    wait_until(lambda: len(inbox) == 2)
+    assert [str(error) for error in errors] == ["no such room"] * 2
+    assert server.opened == 1
+    assert not any(row["exception"] for row in rows)
+
+
+def test_what_a_users_handler_raises_is_counted_as_that_of_a_task(
+    serve: Serve, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Raising(TCPChatUser):
+        wait_time = constant(1)
+
+        def on_message(self, payload: bytes, arrived: float) -> None:
+            raise LookupError("no such room")
+
+        @task
+        def talk(self) -> None:
+            self.client.send_chat("hello")
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"welcome\n")
+        echo(connection)
+
+    environment = run(Raising, serve(server).address)
+    runner = environment.runner
+    assert runner is not None
+    wait_until(lambda: runner.exceptions)
+    (counted,) = runner.exceptions.values()
+    assert counted["msg"] == "no such room"
+    assert "no such room" in caplog.text
+
+
+def test_a_handler_may_send_and_wait_for_the_echo_of_what_it_sends(
+    serve: Serve, connect: Connect
+) -> None:
+    answers: list[str | bytes | None] = []
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"one\ntwo\nthree\n")
+        echo(connection)
+
+    def answer(payload: bytes, arrived: float) -> None:
+        answers.append(client.send_chat(payload.decode()))
+
+    client = connect(serve(server).port, on_message=answer)
+    client.connect()
+    wait_until(lambda: len(answers) == 3)
+    texts = (f"[{client.identity}.{n}] {text}" for n, text in enumerate(("one", "two", "three"), 1))
+    assert answers == list(texts)
+
+
+def test_a_handler_of_a_connection_that_is_gone_sends_nothing_over_the_next(
+    serve: Serve, connect: Connect
+) -> None:
+    """Its message answers something that the first connection said."""
+    received: list[bytes] = []
+    go_on = Event()
+    answers: list[object] = []
+
+    def server(connection: socket.socket) -> None:
+        if first.opened == 1:
+            connection.sendall(b"PING 1\n")
+            return
+        for line in lines(connection):
+            received.append(line)
+            connection.sendall(line + b"\n")
+
+    def answer(payload: bytes, arrived: float) -> None:
+        go_on.wait()
+        answers.append(client.send_chat(b"PONG 1", echo="none"))
+
+    first = serve(server)
+    client = connect(first.port, on_message=answer)
+    client.connect()
+    wait_until(lambda: client.connected_since is None)
+    assert client.send_chat("hello") is not None
+    go_on.set()
+    wait_until(lambda: answers == [None])
+    assert client.send_chat("again") is not None
+    assert len(received) == 2
+    assert not any(b"PONG" in line for line in received)
+
+
+def test_after_an_own_close_the_messages_that_wait_are_dropped(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    inbox = Inbox()
+    sent = Event()
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"one\ntwo\nthree\n")
+        sent.wait()
+
+    def close_at_the_first(payload: bytes, arrived: float) -> None:
+        inbox.take(payload, arrived)
+        client.close()
+
+    client = connect(serve(server).port, on_message=close_at_the_first)
+    client.connect()
+    wait_until(lambda: inbox)
+    gevent.sleep(0.1)
+    sent.set()
+    assert inbox == [b"one"]
+    assert rows.counts() == {"connect": 1}
+
+
+def test_what_came_before_the_server_hung_up_is_still_handled(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    inbox = Inbox()
+    client = connect(serve(lambda c: c.sendall(b"one\nbye\n")).port, on_message=inbox.take)
+    client.connect()
+    wait_until(lambda: rows.named("disconnect"))
+    wait_until(lambda: inbox == [b"one", b"bye"])
+
+
+# ------------------------------------------------------------------------------- too slow a handler
+
+
+def flood(line: bytes, count: int) -> Callable[[socket.socket], None]:
+    """Return a server that sends a line so many times, and then waits for the end."""
+
+    def server(connection: socket.socket) -> None:
+        for _ in range(count):
+            connection.sendall(line)
+        connection.recv(1)
+
+    return server
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [(b"x\n" * 1000, 11), (b"x" * 1_000_000 + b"\n", 18)],
+    ids=["10,000 messages", "16 MiB"],
+)
+def test_a_handler_that_falls_too_far_behind_ends_the_connection(
+    serve: Serve, connect: Connect, rows: Rows, line: bytes, count: int
+) -> None:
+    handled: list[float] = []
+
+    def stuck(payload: bytes, arrived: float) -> None:
+        handled.append(arrived)
+        gevent.sleep(3600)
+
+    server = serve(flood(line, count))
+    client = connect(server.port, on_message=stuck)
+    client.connect()
+    wait_until(lambda: rows.counts() == {"connect": 1, "disconnect: HandlerTooSlow": 1})
+    assert client.connected_since is None
+    assert len(handled) == 1  # what waited was dropped: the memory is free
+    wait_until(lambda: server.open == 0)
+
+
+def test_a_handler_that_keeps_up_may_be_given_any_number_of_messages(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    inbox = Inbox()
+    client = connect(serve(flood(b"x\n" * 100, 300)).port, on_message=inbox.take)
+    client.connect()
+    wait_until(lambda: len(inbox) == 30_000)
+    assert rows.counts() == {"connect": 1}
+
+
+def test_a_handler_too_slow_fails_the_message_in_flight(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    def server(connection: socket.socket) -> None:
+        next(lines(connection))
+        flood(b"x\n" * 1000, 11)(connection)
+
+    client = connect(serve(server).port, on_message=lambda payload, arrived: gevent.sleep(3600))
+    assert client.send_chat("hello") is None
+    counts = {"connect": 1, "send_chat": 1, "echo_response: HandlerTooSlow": 1}
+    assert rows.counts() == counts
+
+
+def test_a_reconnect_does_not_give_a_stuck_handler_a_fresh_limit(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    """All that waits for a user counts, whichever connection brought it: memory stays bounded."""
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"x\n" * 6000)
+        next(lines(connection))
+
+    client = connect(
+        serve(server).port, on_message=lambda payload, arrived: gevent.sleep(3600), timeout=2
+    )
+    client.send_chat("one")
+    client.send_chat("two")
+    wait_until(lambda: any(isinstance(r["exception"], Exception) for r in rows))
+    wait_until(lambda: any("HandlerTooSlow" in outcome for outcome in rows.counts()))
