@@ -1,10 +1,11 @@
-"""A closed loop of gevent sockets without Locust, statistics or checks: the limit that one expects of gevent.
+"""A closed loop of gevent sockets without Locust, statistics or checks: the limit that one expects
+of gevent.
 
     python bare_gevent.py PORT GREENLETS SECONDS
 
-Each greenlet sends a random line, reads until a newline, and starts again. Prints JSON: the messages echoed, the
-seconds they took, and the processor seconds (user and system). SIGTERM ends it early.
-"""
+Each greenlet sends a random line, reads until a newline, and starts again. Prints JSON: the
+messages echoed, the seconds they took, and the processor seconds (user and system). SIGTERM ends it
+early."""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ def main(port: int, greenlets: int, seconds: float) -> None:
     gevent.signal_handler(signal.SIGTERM, gevent.killall, users, block=False)
     gevent.joinall(users, timeout=seconds)
     used = time.perf_counter() - started
-    print(json.dumps({"messages": messages, "seconds": used, "processor_seconds": time.process_time()}))
+    print(
+        json.dumps(
+            {"messages": messages, "seconds": used, "processor_seconds": time.process_time()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The server of the benchmarks where no C compiler is: the modes, questions and answers of ``echo_server.c``.
+"""The server of the benchmarks where no C compiler is: the modes, questions and answers of
+``echo_server.c``.
 
-    python echo_server.py echo | delay MS | room MS | drop N
-    python echo_server.py tls                        as echo, with the certificate and key in the file CERTIFICATE
+    python echo_server.py echo | delay MS | room MS | drop N python echo_server.py tls
+    as echo, with the certificate and key in the file CERTIFICATE
 
-It costs more processor time than the generators it serves, so that throughputs against it show its own limit.
-"""
+It costs more processor time than the generators it serves, so that throughputs against it show its
+own limit."""
 
 from __future__ import annotations
 
@@ -86,20 +87,25 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(mode: str, argument: int) -> None:
-    """Listen on a free port of 127.0.0.1, print it, and answer questions until the end of the standard input."""
+    """Listen on a free port of 127.0.0.1, print it, and answer questions until the end of the
+    standard input."""
     loop, server = asyncio.get_running_loop(), Server(mode, argument)
     context = None
     if mode == "tls":
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(os.environ["CERTIFICATE"])
-    listener = await loop.create_server(partial(Connection, server), "127.0.0.1", 0, backlog=4096, ssl=context)
+    listener = await loop.create_server(
+        partial(Connection, server), "127.0.0.1", 0, backlog=4096, ssl=context
+    )
     print(listener.sockets[0].getsockname()[1], flush=True)
     while await loop.run_in_executor(None, sys.stdin.readline):
         print(server.counters(), flush=True)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit to raise, or not by us
+    with contextlib.suppress(
+        ImportError, ValueError, OSError
+    ):  # no such limit to raise, or not by us
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

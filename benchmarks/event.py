@@ -1,4 +1,5 @@
-"""Prints the processor microseconds that one request event takes, with Locust's own statistics as its listener."""
+"""Prints the processor microseconds that one request event takes, with Locust's own statistics as
+its listener."""
 
 from __future__ import annotations
 
@@ -13,5 +14,12 @@ environment.create_local_runner()
 fire = environment.events.request.fire
 started = time.process_time()
 for _ in range(EVENTS):
-    fire(request_type="TCP", name="delivery", response_time=1.0, response_length=100, exception=None, context={})
+    fire(
+        request_type="TCP",
+        name="delivery",
+        response_time=1.0,
+        response_length=100,
+        exception=None,
+        context={},
+    )
 print(f"{(time.process_time() - started) / EVENTS * 1e6:.2f}")

@@ -1,9 +1,9 @@
-"""Keeps every round trip as it was reported, as Locust's own percentiles are rounded to whole and tens of ms.
+"""Keeps every round trip as it was reported, as Locust's own percentiles are rounded to whole and
+tens of ms.
 
-Loaded beside a script (``locust -f locustfile.py,benchmarks/exact.py``). It counts ``echo_response`` from the moment
-that all users are there, and writes at the end to the file EXACT_FILE: the number of successes, and their minimum,
-median, 95th and 99th percentile in ms.
-"""
+Loaded beside a script (``locust -f locustfile.py,benchmarks/exact.py``). It counts
+``echo_response`` from the moment that all users are there, and writes at the end to the file
+EXACT_FILE: the number of successes, and their minimum, median, 95th and 99th percentile in ms."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Starts the servers and the load generators of the benchmarks, looks at them from outside, and ends them.
+"""Starts the servers and the load generators of the benchmarks, looks at them from outside, and
+ends them.
 
-Messages are counted by the server and processor time by the system, so that no generator is judged by its own word.
-"""
+Messages are counted by the server and processor time by the system, so that no generator is judged
+by its own word."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 START_LIMIT = 150  # seconds until all users have sent a message; more is a failure
 END_LIMIT = 60  # seconds to end after SIGTERM; then it is killed
-QUIET = 0.2  # of a processor: what others may use during a turn, with the inaccuracy of the system's own figures
+# Of a processor: what others may use during a turn, with the inaccuracy of the system's figures.
+QUIET = 0.2
 
 
 class BenchmarkError(Exception):
@@ -66,7 +68,8 @@ class Window:
 
 
 class Bench:
-    """A temporary folder, the compiled programs in it, and all processes. They end with the context, at the latest.
+    """A temporary folder, the compiled programs in it, and all processes. They end with the
+    context, at the latest.
 
     :param quick: short runs with few users, to see that everything works
     """
@@ -79,8 +82,14 @@ class Bench:
         self._processes: list[subprocess.Popen[str]] = []
         self.client = self._compile("client.c")
         server = self._compile("echo_server.c")
-        self.server_command = [server] if server else [sys.executable, str(FOLDER / "echo_server.py")]
-        self.server_name = "echo_server.c" if server else "echo_server.py, itself the bottleneck, as no C was compiled"
+        self.server_command = (
+            [server] if server else [sys.executable, str(FOLDER / "echo_server.py")]
+        )
+        self.server_name = (
+            "echo_server.c"
+            if server
+            else "echo_server.py, itself the bottleneck, as no C was compiled"
+        )
 
     def __enter__(self) -> Bench:
         return self
@@ -94,10 +103,15 @@ class Bench:
         return users // 10 if self._quick else users
 
     def _compile(self, source: str) -> str | None:
-        """Return the path of the compiled program, or None without a compiler, or where there is no epoll."""
+        """Return the path of the compiled program, or None without a compiler, or where there is no
+        epoll."""
         compiler, program = shutil.which("cc"), str(self._folder / Path(source).stem)
         command = [compiler or "", "-O2", "-o", program, str(FOLDER / source)]
-        return program if compiler and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0 else None
+        return (
+            program
+            if compiler and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+            else None
+        )
 
     def new_file(self) -> Path:
         """Return a path in the temporary folder that nothing else uses."""
@@ -107,9 +121,9 @@ class Bench:
     def start(self, command: list[str], **settings: Any) -> subprocess.Popen[str]:
         """Start a program as the leader of a process group.
 
-        The group stays in our session: so, if we are killed, the system ends the paused ones, and the others end by
-        themselves, as servers find their standard input closed and generators have a limit of time.
-        """
+        The group stays in our session: so, if we are killed, the system ends the paused ones, and
+        the others end by themselves, as servers find their standard input closed and generators
+        have a limit of time."""
         process = subprocess.Popen(command, text=True, cwd=ROOT, process_group=0, **settings)
         self._processes.append(process)
         return process
@@ -128,13 +142,16 @@ def free_port() -> str:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a program and the rest of its process group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group that has ended
+    with contextlib.suppress(
+        ProcessLookupError, PermissionError
+    ):  # macOS says the latter of a group that has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def processor_seconds(pid: int) -> tuple[float, float]:
-    """Return the user and the system seconds of a process and its children, as far as those still run."""
+    """Return the user and the system seconds of a process and its children, as far as those still
+    run."""
     user = system = 0.0
     process = psutil.Process(pid)
     for each in (process, *process.children(recursive=True)):
@@ -151,8 +168,12 @@ class Server:
     :param environment: variables to set besides the ones that there are
     """
 
-    def __init__(self, bench: Bench, mode: str, argument: int = 0, python: bool = False, **environment: str) -> None:
-        program = [sys.executable, str(FOLDER / "echo_server.py")] if python else bench.server_command
+    def __init__(
+        self, bench: Bench, mode: str, argument: int = 0, python: bool = False, **environment: str
+    ) -> None:
+        program = (
+            [sys.executable, str(FOLDER / "echo_server.py")] if python else bench.server_command
+        )
         settings: dict[str, Any] = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -165,7 +186,8 @@ class Server:
         self.host = f"127.0.0.1:{self.port}"
 
     def counters(self) -> dict[str, float]:
-        """Return accepted, open, active, lines and late_us; ``echo_server.c`` says what they are."""
+        """Return accepted, open, active, lines and late_us; ``echo_server.c`` says what they
+        are."""
         self._questions.write("\n")
         self._questions.flush()
         return dict(json.loads(self._answers.readline()))
@@ -179,12 +201,23 @@ class Generator:
     :param environment: variables to set besides the ones that there are
     """
 
-    def __init__(self, bench: Bench, users: int, servers: list[Server], command: list[str], **environment: str) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        users: int,
+        servers: list[Server],
+        command: list[str],
+        **environment: str,
+    ) -> None:
         self.users, self.servers = users, servers
         self._output, self._errors = bench.new_file(), bench.new_file()
         with self._output.open("w") as output, self._errors.open("w") as errors:
             self.process = bench.start(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=os.environ | environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=os.environ | environment,
             )
 
     def counted(self, name: str) -> float:
@@ -192,7 +225,8 @@ class Generator:
         return sum(server.counters()[name] for server in self.servers)
 
     def wait_until_steady(self) -> None:
-        """Return when all users are connected and have sent a message each, and half a second more has passed."""
+        """Return when all users are connected and have sent a message each, and half a second more
+        has passed."""
         limit = time.monotonic() + START_LIMIT
         while min(self.counted("open"), self.counted("lines")) < self.users:
             if self.process.poll() is not None or time.monotonic() > limit:
@@ -203,10 +237,16 @@ class Generator:
     def look(self) -> tuple[float, float, float, float, float]:
         """Return the values of which a Window holds the differences."""
         served = sum(sum(processor_seconds(server.process.pid)) for server in self.servers)
-        return time.perf_counter(), self.counted("lines"), *processor_seconds(self.process.pid), served
+        return (
+            time.perf_counter(),
+            self.counted("lines"),
+            *processor_seconds(self.process.pid),
+            served,
+        )
 
     def pause(self) -> None:
-        """Stop all its processes until ``resume``; after more than its time-out, its requests would fail."""
+        """Stop all its processes until ``resume``; after more than its time-out, its requests would
+        fail."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -225,9 +265,11 @@ class Generator:
         return self._output.read_text()
 
     def check(self, echoed: int) -> None:
-        """Raise BenchmarkError unless the servers received as many messages as it has counted echoes."""
+        """Raise BenchmarkError unless the servers received as many messages as it has counted
+        echoes."""
         received = self.counted("lines")
-        # What is in flight at the end is received and not counted: at most one message of each user.
+        # What is in flight at the end is received and not counted: at most one message of each
+        # user.
         if not 0 <= received - echoed <= self.users:
             raise self.error(f"{echoed} echoes counted, {received:.0f} messages received")
 
@@ -254,9 +296,19 @@ class Locust(Generator):
         limit: float = 300,
         **environment: str,
     ) -> None:
-        command = [sys.executable, "-m", "locust", "--headless", "--json", "--skip-log-setup", "--only-summary"]
+        command = [
+            sys.executable,
+            "-m",
+            "locust",
+            "--headless",
+            "--json",
+            "--skip-log-setup",
+            "--only-summary",
+        ]
         numbers = ["--users", str(users), "--spawn-rate", str(rate), "--run-time", f"{limit:.0f}s"]
-        super().__init__(bench, users, servers, [*command, "-f", scripts, *numbers, *options], **environment)
+        super().__init__(
+            bench, users, servers, [*command, "-f", scripts, *numbers, *options], **environment
+        )
 
     def finish_statistics(self) -> dict[str, dict[str, Any]]:
         """End it and return its statistics: the entries of ``--json`` by their names."""
@@ -269,40 +321,56 @@ class Locust(Generator):
             raise self.error("it printed no statistics") from None
 
     def finish_clean(self) -> None:
-        """End it; raise BenchmarkError if a request failed, or if the servers received other messages."""
+        """End it; raise BenchmarkError if a request failed, or if the servers received other
+        messages."""
         entries = self.finish_statistics()
-        if failures := {name: entry["num_failures"] for name, entry in entries.items() if entry["num_failures"]}:
+        if failures := {
+            name: entry["num_failures"] for name, entry in entries.items() if entry["num_failures"]
+        }:
             raise self.error(f"requests failed: {failures}")
         self.check(entries["echo_response"]["num_requests"])
 
 
 def watch(generators: Mapping[str, Generator], seconds: float) -> dict[str, Window]:
     """Return what each generator does in the next seconds."""
-    busy, before = busy_seconds(), {name: generator.look() for name, generator in generators.items()}
+    busy, before = (
+        busy_seconds(),
+        {name: generator.look() for name, generator in generators.items()},
+    )
     time.sleep(seconds)
     after = {name: generator.look() for name, generator in generators.items()}
     windows = {
-        name: Window(*(now - then for now, then in zip(after[name], before[name], strict=True))) for name in generators
+        name: Window(*(now - then for now, then in zip(after[name], before[name], strict=True)))
+        for name in generators
     }
-    others = busy_seconds() - busy - sum(each.user + each.system + each.server for each in windows.values())
+    others = (
+        busy_seconds()
+        - busy
+        - sum(each.user + each.system + each.server for each in windows.values())
+    )
     for window in windows.values():
         window.others = others
     return windows
 
 
-def watch_in_turn(generators: Mapping[str, Generator], turns: int, seconds: float) -> dict[str, list[Window]]:
-    """Let one generator after the other run alone while the rest is paused; return what each did in each turn.
+def watch_in_turn(
+    generators: Mapping[str, Generator], turns: int, seconds: float
+) -> dict[str, list[Window]]:
+    """Let one generator after the other run alone while the rest is paused; return what each did in
+    each turn.
 
-    The speed of a shared machine changes within seconds, by more than what is to be measured. Turns as short as these
-    meet it alike; runs one after the other do not. Rounds that other processes disturb are repeated, up to twice as
-    many as wanted, and the least disturbed ones count.
-    """
+    The speed of a shared machine changes within seconds, by more than what is to be measured. Turns
+    as short as these meet it alike; runs one after the other do not. Rounds that other processes
+    disturb are repeated, up to twice as many as wanted, and the least disturbed ones count."""
     for generator in generators.values():
         generator.wait_until_steady()
     for generator in generators.values():
         generator.pause()
     rounds: list[dict[str, Window]] = []
-    while len(rounds) < 2 * turns and sum(disturbance(windows.values()) < QUIET for windows in rounds) < turns:
+    while (
+        len(rounds) < 2 * turns
+        and sum(disturbance(windows.values()) < QUIET for windows in rounds) < turns
+    ):
         rounds.append({})
         for name, generator in generators.items():
             generator.resume()
@@ -327,8 +395,8 @@ def busy_seconds() -> float:
 
 
 def holdings(generator: Generator) -> tuple[float, float, float]:
-    """Return the resident MB, open files and TCP sockets of a generator: the most of some looks within three seconds,
-    as connections come and go."""
+    """Return the resident MB, open files and TCP sockets of a generator: the most of some looks
+    within three seconds, as connections come and go."""
     process, looks = psutil.Process(generator.process.pid), []
     for _ in range(11):
         resident = process.memory_info().rss / 1e6

@@ -1,8 +1,8 @@
-"""Users that send nothing and report two requests a message: what Locust itself costs, which no locustfile can avoid.
+"""Users that send nothing and report two requests a message: what Locust itself costs, which no
+locustfile can avoid.
 
-Writes at the end to the file HOLLOW_FILE, as JSON: the messages since all users are there, the seconds that they
-took, and the processor seconds spent as user and as system.
-"""
+Writes at the end to the file HOLLOW_FILE, as JSON: the messages since all users are there, the
+seconds that they took, and the processor seconds spent as user and as system."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ class HollowUser(User):
         messages += 1
         fire = self.environment.events.request.fire
         for name in ("send_chat", "echo_response"):
-            fire(request_type="TCP", name=name, response_time=1.0, response_length=100, exception=None, context={})
+            fire(
+                request_type="TCP",
+                name=name,
+                response_time=1.0,
+                response_length=100,
+                exception=None,
+                context={},
+            )
 
     @task(5)
     def short_message(self) -> None:

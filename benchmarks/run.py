@@ -1,11 +1,12 @@
-"""Measure locustfile.py beside other load generators and print one table; ``README.md`` explains it.
+"""Measure locustfile.py beside other load generators and print one table; ``README.md`` explains
+it.
 
     python benchmarks/run.py                        everything: 10 minutes, and 10 more of soak
-    python benchmarks/run.py --quick                short runs with few users, to see that everything works
-    python benchmarks/run.py --only room latency    single comparisons
+    python benchmarks/run.py --quick                short runs with few users, to see that
+    everything works python benchmarks/run.py --only room latency    single comparisons
 
-A full run of everything writes the table into ``RESULTS.md``, any other only where ``--output`` says.
-"""
+A full run of everything writes the table into ``RESULTS.md``, any other only where ``--output``
+says."""
 
 from __future__ import annotations
 
@@ -61,21 +62,37 @@ class Row(NamedTuple):
     details: str = ""
 
 
-def ours(bench: Bench, users: int, server: Server, wait: str = "0", rate: float = 0, **more: Any) -> Locust:
+def ours(
+    bench: Bench,
+    users: int,
+    server: Server,
+    wait: str = "0",
+    rate: float = 0,
+    scripts: str = "locustfile.py",
+    **more: Any,
+) -> Locust:
     """Return locustfile.py under way.
 
     :param wait: seconds between two messages of a user, ``2`` or ``0.5-2``
     :param rate: users to start a second, if not all at once, up to 1,000
+    :param scripts: what to run instead of locustfile.py
     :param more: ``limit`` of ``Locust``; the variable EXACT_FILE asks for exact round trips
     """
-    scripts = "locustfile.py,benchmarks/exact.py" if "EXACT_FILE" in more else "locustfile.py"
+    if "EXACT_FILE" in more:
+        scripts += ",benchmarks/exact.py"
     options = ("--host", server.host, "--chat-wait", wait)
     return Locust(bench, users, [server], scripts, *options, rate=rate or min(users, 1000), **more)
 
 
-def textbook(bench: Bench, users: int, server: Server, wait: str = "0", rate: float = 0, **more: Any) -> Locust:
+def textbook(
+    bench: Bench, users: int, server: Server, wait: str = "0", rate: float = 0, **more: Any
+) -> Locust:
     """Return the textbook script under way; the parameters are those of ``ours``."""
-    scripts = "benchmarks/textbook.py,benchmarks/exact.py" if "EXACT_FILE" in more else "benchmarks/textbook.py"
+    scripts = (
+        "benchmarks/textbook.py,benchmarks/exact.py"
+        if "EXACT_FILE" in more
+        else "benchmarks/textbook.py"
+    )
     more |= {"rate": rate or min(users, 1000), "TEXTBOOK_WAIT": wait}
     return Locust(bench, users, [server], scripts, "--host", server.host, **more)
 
@@ -85,11 +102,17 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
-def ratios(ones: list[Window], others: list[Window], quantity: Callable[[Window], float]) -> tuple[str, str]:
-    """Return the median of the pairwise ratios of a quantity; and their number and range, and what disturbed them."""
+def ratios(
+    ones: list[Window], others: list[Window], quantity: Callable[[Window], float]
+) -> tuple[str, str]:
+    """Return the median of the pairwise ratios of a quantity; and their number and range, and what
+    disturbed them."""
     sizes = sorted(quantity(one) / quantity(other) for one, other in zip(ones, others, strict=True))
     disturbed = f"other processes used up to {max(0, disturbance(ones + others)):.0%}"
-    return f"{median(sizes):.2f} ×", f"{len(sizes)} pairs, {sizes[0]:.2f} to {sizes[-1]:.2f} ×; {disturbed}"
+    return (
+        f"{median(sizes):.2f} ×",
+        f"{len(sizes)} pairs, {sizes[0]:.2f} to {sizes[-1]:.2f} ×; {disturbed}",
+    )
 
 
 def rates(windows: list[Window]) -> list[float]:
@@ -107,17 +130,25 @@ def compared(own: list[Window], others: list[Window]) -> tuple[str, str]:
     figure, pairs = ratios(own, others, lambda window: window.rate)
     # Near 100 %, the server would be the bottleneck.
     busy = max(median(each.server / each.seconds for each in windows) for windows in (own, others))
-    return figure, f"{median(rates(own)):,.0f}/s to {median(rates(others)):,.0f}/s; {pairs}; server {busy:.0%} busy"
+    return (
+        figure,
+        f"{median(rates(own)):,.0f}/s to {median(rates(others)):,.0f}/s; {pairs}; "
+        f"server {busy:.0%} busy",
+    )
 
 
 STARTERS: dict[str, Callable[..., Locust]] = {"ours": ours, "textbook": textbook}
 
 
 def hundred(bench: Bench) -> list[Row]:
-    """Messages a second, 100 users without a pause: locustfile.py, the textbook script, bare gevent."""
+    """Messages a second, 100 users without a pause: locustfile.py, the textbook script, bare
+    gevent."""
     windows: dict[str, list[Window]] = {"ours": [], "textbook": [], "bare": []}
     for _ in range(bench.rounds):
-        mine, theirs = ours(bench, 100, Server(bench, "echo")), textbook(bench, 100, Server(bench, "echo"))
+        mine, theirs = (
+            ours(bench, 100, Server(bench, "echo")),
+            textbook(bench, 100, Server(bench, "echo")),
+        )
         server = Server(bench, "echo")
         command = [sys.executable, "benchmarks/bare_gevent.py", str(server.port), "100", "300"]
         bare = Generator(bench, 100, [server], command)
@@ -132,7 +163,13 @@ def hundred(bench: Bench) -> list[Row]:
     bare_figure, bare_details = compared(windows["ours"], windows["bare"])
     return [
         Row(what, figure, "1.5 ×", "2 ×", details),
-        Row("the same, over bare gevent with its time-out", bare_figure, "0.75 ×", "1 ×", bare_details),
+        Row(
+            "the same, over bare gevent with its time-out",
+            bare_figure,
+            "0.75 ×",
+            "1 ×",
+            bare_details,
+        ),
     ]
 
 
@@ -140,23 +177,41 @@ def thousand(bench: Bench) -> list[Row]:
     """Messages a second, 1,000 users without a pause."""
     windows: dict[str, list[Window]] = {"ours": [], "textbook": []}
     for _ in range(bench.rounds):
-        generators = {name: start(bench, 1000, Server(bench, "echo")) for name, start in STARTERS.items()}
+        generators = {
+            name: start(bench, 1000, Server(bench, "echo")) for name, start in STARTERS.items()
+        }
         measured = watch_in_turn(generators, bench.turns, 1.5)
         for name, generator in generators.items():
             windows[name] += measured[name]
             generator.finish_clean()
     figure, details = compared(windows["ours"], windows["textbook"])
-    return [Row("messages echoed a second, 1,000 users, over the textbook script", figure, "1.3 ×", "1.8 ×", details)]
+    return [
+        Row(
+            "messages echoed a second, 1,000 users, over the textbook script",
+            figure,
+            "1.3 ×",
+            "1.8 ×",
+            details,
+        )
+    ]
 
 
 def peers(bench: Bench) -> list[Row]:
-    """Messages for a second of processor time, 100 users without a pause: locustfile.py, and Tsung on all cores."""
-    what, least, aim = "messages for a second of processor time, 100 users, over Tsung", "1.2 ×", "1.5 ×"
+    """Messages for a second of processor time, 100 users without a pause: locustfile.py, and Tsung
+    on all cores."""
+    what, least, aim = (
+        "messages for a second of processor time, 100 users, over Tsung",
+        "1.2 ×",
+        "1.5 ×",
+    )
     if not tsung_is_installed():
         return [Row(what, "left out: not installed", least, aim)]
     windows: dict[str, list[Window]] = {"ours": [], "tsung": []}
     for _ in range(bench.rounds):
-        mine, tsung = ours(bench, 100, Server(bench, "echo")), Tsung(bench, 100, Server(bench, "echo"))
+        mine, tsung = (
+            ours(bench, 100, Server(bench, "echo")),
+            Tsung(bench, 100, Server(bench, "echo")),
+        )
         measured = watch_in_turn({"ours": mine, "tsung": tsung}, bench.turns, 0.8)
         for name in windows:
             windows[name] += measured[name]
@@ -168,8 +223,8 @@ def peers(bench: Bench) -> list[Row]:
 
 
 def share(bench: Bench) -> list[Row]:
-    """What Locust itself takes of a message's processor time, for its tasks and two events: users that send nothing,
-    beside those of locustfile.py; 100 of them, without a pause."""
+    """What Locust itself takes of a message's processor time, for its tasks and two events: users
+    that send nothing, beside those of locustfile.py; 100 of them, without a pause."""
     locust_costs, own = [], []
     for _ in range(bench.rounds):
         mine, file = ours(bench, 100, Server(bench, "echo")), bench.new_file()
@@ -181,13 +236,26 @@ def share(bench: Bench) -> list[Row]:
         time.sleep(seconds + 2)  # two of them to start
         hollow.finish()
         locust_costs.append(Window(**json.loads(file.read_text()), server=0).cost)
-    locust, whole, kernel = median(locust_costs), median(costs(own)), median(each.system / each.lines for each in own)
-    details = f"{locust:.1f} of {whole:.1f} µs a message; the kernel, with sockets: {kernel * 1e6:.1f} µs"
-    return [Row("Locust's own share of the processor time, 100 users", f"{locust / whole:.0%}", details=details)]
+    locust, whole, kernel = (
+        median(locust_costs),
+        median(costs(own)),
+        median(each.system / each.lines for each in own),
+    )
+    details = (
+        f"{locust:.1f} of {whole:.1f} µs a message; the kernel, with sockets: {kernel * 1e6:.1f} µs"
+    )
+    return [
+        Row(
+            "Locust's own share of the processor time, 100 users",
+            f"{locust / whole:.0%}",
+            details=details,
+        )
+    ]
 
 
 def memory(bench: Bench) -> list[Row]:
-    """Resident memory (RSS) of users that have sent a message and wait: the growth from 1 user to 4,000, a user."""
+    """Resident memory (RSS) of users that have sent a message and wait: the growth from 1 user to
+    4,000, a user."""
     users = bench.scaled(4000)
     per_user: dict[str, list[float]] = {"ours": [], "textbook": []}
     for _ in range(bench.rounds):
@@ -199,7 +267,9 @@ def memory(bench: Bench) -> list[Row]:
             generator.wait_until_steady()
         time.sleep(2)
         for name, pair in pairs.items():
-            one, many = (psutil.Process(generator.process.pid).memory_info().rss for generator in pair)
+            one, many = (
+                psutil.Process(generator.process.pid).memory_info().rss for generator in pair
+            )
             per_user[name].append((many - one) / (users - 1) / 1024)
             for generator in pair:
                 generator.finish_clean()
@@ -209,32 +279,39 @@ def memory(bench: Bench) -> list[Row]:
 
 
 def idle(bench: Bench) -> list[Row]:
-    """Processor time at 4,000 users that send every 5 s. One script runs after the other: side by side they would drive
-    each other's data out of the processor's caches. They cannot be paused either, as all users would be late then."""
+    """Processor time at 4,000 users that send every 5 s. One script runs after the other: side by
+    side they would drive each other's data out of the processor's caches. They cannot be paused
+    either, as all users would be late then."""
     users = bench.scaled(4000)
     windows: dict[str, list[Window]] = {"ours": [], "textbook": []}
     for _ in range(bench.rounds):
         for name, start in STARTERS.items():
-            # Users are started all through the first five seconds, and so go on sending all the time, not in one burst.
+            # Users are started all through the first five seconds, and so go on sending all the
+            # time, not in one burst.
             generator = start(bench, users, Server(bench, "echo"), "5", rate=users / 5)
             generator.wait_until_steady()
             time.sleep(5)
             windows[name] += [watch({name: generator}, 8)[name] for _ in range(2)]
             generator.finish_clean()
     figure, pairs = ratios(windows["ours"], windows["textbook"], lambda window: window.cost)
-    absolute = " to ".join(f"{median(window.share for window in measured):.1%}" for measured in windows.values())
+    absolute = " to ".join(
+        f"{median(window.share for window in measured):.1%}" for measured in windows.values()
+    )
     what = f"processor time, {users:,} users sending every 5 s, over the textbook script"
     rate = f"{median(rates(windows['ours'])):,.0f} messages/s each"
     return [Row(what, figure, "not more", "0.7 ×", f"{absolute} of a processor; {rate}; {pairs}")]
 
 
 def capacity(bench: Bench) -> list[Row]:
-    """Users of one run with two worker processes, each sending every 10 s: as many as wanted, or else fewer."""
+    """Users of one run with two worker processes, each sending every 10 s: as many as wanted, or
+    else fewer."""
     problems: list[str] = []
     for users in map(bench.scaled, (25_000, 15_000)):
         try:
             details = "; ".join([hold(bench, users), *problems])
-            return [Row("users in one run of two processes", f"{users:,}", "15,000", "25,000", details)]
+            return [
+                Row("users in one run of two processes", f"{users:,}", "15,000", "25,000", details)
+            ]
         except BenchmarkError as error:
             problems.append(f"not {users:,}: {error}")
             bench.end_all()
@@ -242,37 +319,60 @@ def capacity(bench: Bench) -> list[Row]:
 
 
 def hold(bench: Bench, users: int) -> str:
-    """Hold so many users and say how it went; raise BenchmarkError unless all are echoed and no request fails."""
+    """Hold so many users and say how it went; raise BenchmarkError unless all are echoed and no
+    request fails."""
     servers = [Server(bench, "echo"), Server(bench, "echo")]
     port = free_port()  # not 5557, where the workers of another test could join in
-    options = ("--processes", "2", "--master-bind-port", port, "--master-port", port, "--chat-wait", "10")
+    options = (
+        "--processes",
+        "2",
+        "--master-bind-port",
+        port,
+        "--master-port",
+        port,
+        "--chat-wait",
+        "10",
+    )
     hosts = " ".join(server.host for server in servers)
-    locust = Locust(bench, users, servers, "benchmarks/spread.py", *options, rate=1000, SPREAD_HOSTS=hosts)
+    locust = Locust(
+        bench, users, servers, "benchmarks/spread.py", *options, rate=1000, SPREAD_HOSTS=hosts
+    )
     locust.wait_until_steady()
     seconds = 12  # everyone's turn comes within the 10 s of the pause and the time of an echo
     before = locust.look()
     time.sleep(seconds)
     counted = [server.counters() for server in servers]
-    active, accepted = (sum(counters[name] for counters in counted) for name in ("active", "accepted"))
+    active, accepted = (
+        sum(counters[name] for counters in counted) for name in ("active", "accepted")
+    )
     share = (sum(processor_seconds(locust.process.pid)) - sum(before[2:4])) / seconds
-    resident = sum(child.memory_info().rss for child in psutil.Process(locust.process.pid).children()) / 1e6
+    resident = (
+        sum(child.memory_info().rss for child in psutil.Process(locust.process.pid).children())
+        / 1e6
+    )
     if active != users or accepted != users:
-        raise locust.error(f"{active:.0f} of {users} users sent within {seconds} s, {accepted:.0f} connections")
+        raise locust.error(
+            f"{active:.0f} of {users} users sent within {seconds} s, {accepted:.0f} connections"
+        )
     lines = sum(counters["lines"] for counters in counted) - before[1]
     locust.finish_clean()
-    return f"{lines / seconds:,.0f} messages/s, {share:.0%} of a processor, workers {resident:,.0f} MB, no failures"
+    return (
+        f"{lines / seconds:,.0f} messages/s, {share:.0%} of a processor, "
+        f"workers {resident:,.0f} MB, no failures"
+    )
 
 
 def latency(bench: Bench) -> list[Row]:
-    """Reported round trips with a server that answers after 20 ms: 500 users, about 5,000 messages a second. The C
-    client shows what machine and server add, and how far a generator is from it."""
+    """Reported round trips with a server that answers after 20 ms: 500 users, about 5,000 messages
+    a second. The C client shows what machine and server add, and how far a generator is from it."""
     users, rate, seconds = bench.scaled(500), bench.scaled(5000), 7
     figures: dict[str, list[dict[str, float]]] = {"ours": [], "textbook": [], "C client": []}
     windows = []
     for _ in range(bench.rounds):
         for name, start in STARTERS.items():
             server, file = Server(bench, "delay", 20), bench.new_file()
-            # 80 ms on the average; with a pause always the same, users would stay in step, and send at once.
+            # 80 ms on the average; with a pause always the same, users would stay in step, and send
+            # at once.
             locust = start(bench, users, server, "0.03-0.13", rate=users / 4, EXACT_FILE=str(file))
             locust.wait_until_steady()
             windows.append(watch({name: locust}, seconds)[name])
@@ -281,24 +381,46 @@ def latency(bench: Bench) -> list[Row]:
         if bench.client is not None:
             server = Server(bench, "delay", 20)
             command = [bench.client, str(server.port), str(users), str(rate), str(seconds + 1)]
-            result = subprocess.run(command, input=b"".join(mixed_lines()), stdout=subprocess.PIPE, timeout=60)
+            result = subprocess.run(
+                command, input=b"".join(mixed_lines()), stdout=subprocess.PIPE, timeout=60
+            )
             figures["C client"].append(json.loads(result.stdout))
             if server.counters()["lines"] != figures["C client"][-1]["sent"]:
-                raise BenchmarkError("the C client has sent other messages than the server received")
+                raise BenchmarkError(
+                    "the C client has sent other messages than the server received"
+                )
     texts = {
-        name: " / ".join(f"{median(each[key] for each in measured):.1f}" for key in ("min", "median", "p95", "p99"))
+        name: " / ".join(
+            f"{median(each[key] for each in measured):.1f}"
+            for key in ("min", "median", "p95", "p99")
+        )
         for name, measured in figures.items()
         if measured
     }
-    what = f"reported round trip where 20 ms is true, {users} users: minimum / median / 95th / 99th percentile"
+    what = (
+        f"reported round trip where 20 ms is true, {users} users: "
+        "minimum / median / 95th / 99th percentile"
+    )
     beside = "; ".join(f"{name} {text}" for name, text in texts.items() if name != "ours")
-    details = f"{beside}; {median(rates(windows)):,.0f} messages/s; medians of runs in turn, {bench.rounds} each"
-    return [Row(what, f"{texts['ours']} ms", "20.0 / under 20.5 / – / under 25 ms", "99th under 22 ms", details)]
+    details = (
+        f"{beside}; {median(rates(windows)):,.0f} messages/s; "
+        f"medians of runs in turn, {bench.rounds} each"
+    )
+    return [
+        Row(
+            what,
+            f"{texts['ours']} ms",
+            "20.0 / under 20.5 / – / under 25 ms",
+            "99th under 22 ms",
+            details,
+        )
+    ]
 
 
 def room(bench: Bench) -> list[Row]:
-    """A room of 50 users that send about one message a second, each of them delivered to all, to its sender last and
-    50 ms later: the processor share of the generator, and how far the reported round trip is from those 50 ms."""
+    """A room of 50 users that send about one message a second, each of them delivered to all, to
+    its sender last and 50 ms later: the processor share of the generator, and how far the reported
+    round trip is from those 50 ms."""
     users, delay = 50, 50
     figures: dict[str, list[dict[str, float]]] = {"ours": [], "textbook": []}
     windows: dict[str, list[Window]] = {"ours": [], "textbook": []}
@@ -306,7 +428,9 @@ def room(bench: Bench) -> list[Row]:
         for name, start in STARTERS.items():
             file = bench.new_file()
             # With the 50 ms of the echo, a second between two messages.
-            locust = start(bench, users, Server(bench, "room", delay), "0.45-1.45", EXACT_FILE=str(file))
+            locust = start(
+                bench, users, Server(bench, "room", delay), "0.45-1.45", EXACT_FILE=str(file)
+            )
             locust.wait_until_steady()
             windows[name].append(watch({name: locust}, 8)[name])
             locust.finish_clean()
@@ -318,11 +442,17 @@ def room(bench: Bench) -> list[Row]:
     def used(name: str) -> str:
         return f"{median(window.share for window in windows[name]):.1%}"
 
-    beside = f"99th percentile {error('ours', 'p99')}; textbook {error('textbook', 'median')}, its 99th percentile "
-    deliveries = f"{users * median(rates(windows['ours'])):,.0f} deliveries/s; textbook {used('textbook')}"
+    beside = (
+        f"99th percentile {error('ours', 'p99')}; "
+        f"textbook {error('textbook', 'median')}, its 99th percentile "
+    )
+    deliveries = (
+        f"{users * median(rates(windows['ours'])):,.0f} deliveries/s; textbook {used('textbook')}"
+    )
     return [
         Row(
-            f"error of the reported median round trip in a room of {users} users, where {delay} ms is true",
+            f"error of the reported median round trip in a room of {users} users, "
+            f"where {delay} ms is true",
             error("ours", "median"),
             details=beside + error("textbook", "p99"),
         ),
@@ -331,13 +461,19 @@ def room(bench: Bench) -> list[Row]:
 
 
 def tls(bench: Bench) -> list[Row]:
-    """Messages for a second of the generator's processor time with TLS, over those without; 100 users without a pause,
-    both against the Python server, as the other has no TLS."""
-    what, openssl = "messages for a second of processor time with TLS, over those without", shutil.which("openssl")
+    """Messages for a second of the generator's processor time with TLS, over those without; 100
+    users without a pause, both against the Python server, as the other has no TLS."""
+    what, openssl = (
+        "messages for a second of processor time with TLS, over those without",
+        shutil.which("openssl"),
+    )
     if openssl is None:
         return [Row(what, "left out: no openssl to make a certificate with")]
     file = bench.new_file()
-    command = f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=benchmark"
+    command = (
+        f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 "
+        "-nodes -days 2 -subj /CN=benchmark"
+    )
     names = [
         "-addext",
         "subjectAltName=IP:127.0.0.1",
@@ -348,7 +484,9 @@ def tls(bench: Bench) -> list[Row]:
         "-out",
         "-",
     ]
-    file.write_bytes(subprocess.run([*command.split(), *names], capture_output=True, check=True).stdout)
+    file.write_bytes(
+        subprocess.run([*command.split(), *names], capture_output=True, check=True).stdout
+    )
     windows: dict[str, list[Window]] = {"with": [], "without": []}
     for _ in range(bench.rounds):
         server = Server(bench, "tls", python=True, CERTIFICATE=str(file))
@@ -366,34 +504,49 @@ def tls(bench: Bench) -> list[Row]:
 
 
 def delivery(bench: Bench) -> list[Row]:
-    """What --chat-delivery adds to the generator's processor time for each message of another user that arrives: a room
-    of 50 users, with the option and without; and Locust's share of it, that is, what one event costs."""
+    """What plugins/delivery.py adds to the generator's processor time for a message that arrives.
+
+    That is in a room of 50 users, with the plugin and without; and Locust's share of it, that is,
+    what one event costs.
+    """
     users, windows = 50, dict[str, list[Window]](with_it=[], without=[])
     for _ in range(bench.rounds):
-        for name, wanted in {"with_it": "true", "without": "false"}.items():
-            locust = ours(bench, users, Server(bench, "room"), "0.15-0.35", CHAT_DELIVERY=wanted)
+        for name, scripts in {
+            "with_it": "plugins/delivery.py",
+            "without": "locustfile.py",
+        }.items():
+            locust = ours(bench, users, Server(bench, "room"), "0.15-0.35", scripts=scripts)
             locust.wait_until_steady()
             windows[name].append(watch({name: locust}, 8)[name])
             locust.finish_clean()
-    whole, reading = (median(each.cost for each in measured) / (users - 1) for measured in windows.values())
-    events = [subprocess.check_output([sys.executable, "benchmarks/event.py"], text=True) for _ in range(bench.rounds)]
+    whole, reading = (
+        median(each.cost for each in measured) / (users - 1) for measured in windows.values()
+    )
+    events = [
+        subprocess.check_output([sys.executable, "benchmarks/event.py"], text=True)
+        for _ in range(bench.rounds)
+    ]
     event = median(map(float, events))
     deliveries = f"{median(rates(windows['with_it'])) * (users - 1):,.0f} deliveries/s"
     parts = (
-        f"with it {whole:.1f} µs, without {reading:.1f} µs; one event of Locust {event:.1f} µs ({event / whole:.0%})"
+        f"with it {whole:.1f} µs, without {reading:.1f} µs; "
+        f"one event of Locust {event:.1f} µs ({event / whole:.0%})"
     )
-    what = "processor time that --chat-delivery adds for a message that arrives"
+    what = "processor time that plugins/delivery.py adds for a message that arrives"
     return [Row(what, f"{whole - reading:.1f} µs", details=f"{deliveries}; {parts}")]
 
 
 def soak(bench: Bench, minutes: float) -> list[Row]:
-    """What a long run holds at the beginning and at the end of its steady part: resident memory, open files, sockets;
-    and the same where the server closes each connection after 20 messages. Both run at the same time."""
+    """What a long run holds at the beginning and at the end of its steady part: resident memory,
+    open files, sockets; and the same where the server closes each connection after 20 messages.
+    Both run at the same time."""
     users, seconds = 200, minutes * 60
     steady, limit = min(60, seconds / 5), seconds + 300
     generators = {
         "soak": ours(bench, users, Server(bench, "echo"), "0.05-0.15", limit=limit),
-        "soak, the server closes connections": ours(bench, users, Server(bench, "drop", 20), "0.05-0.15", limit=limit),
+        "soak, the server closes connections": ours(
+            bench, users, Server(bench, "drop", 20), "0.05-0.15", limit=limit
+        ),
     }
     started = time.monotonic()
     for generator in generators.values():
@@ -405,14 +558,19 @@ def soak(bench: Bench, minutes: float) -> list[Row]:
     rows = []
     for name, locust in generators.items():
         (memory_then, *files_then), (memory_now, *files_now) = before[name], after[name]
-        files, sockets = (f"{now - then:+.0f}" for now, then in zip(files_now, files_then, strict=True))
+        files, sockets = (
+            f"{now - then:+.0f}" for now, then in zip(files_now, files_then, strict=True)
+        )
         figure = f"{memory_now - memory_then:+.1f} MB, {files} files, {sockets} sockets"
         entries = locust.finish_statistics()
-        locust.check(entries["echo_response"]["num_requests"] - entries["echo_response"]["num_failures"])
+        locust.check(
+            entries["echo_response"]["num_requests"] - entries["echo_response"]["num_failures"]
+        )
         failures = sum(entry["num_failures"] for entry in entries.values())
         details = (
-            f"from {memory_then:.1f} MB, {files_then[0]:.0f} files, {files_then[1]:.0f} sockets; {minutes:g} minutes, "
-            f"{users} users, {locust.counted('lines'):,.0f} messages, {locust.counted('accepted'):,.0f} connections, "
+            f"from {memory_then:.1f} MB, {files_then[0]:.0f} files, {files_then[1]:.0f} sockets; "
+            f"{minutes:g} minutes, {users} users, {locust.counted('lines'):,.0f} messages, "
+            f"{locust.counted('accepted'):,.0f} connections, "
             f"{failures:,} failures"
         )
         rows.append(Row(name, figure, "no growth", "", details))
@@ -439,12 +597,15 @@ def conditions(bench: Bench) -> str:
     model = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), model
+        )
     versions = ", ".join(f"{name} {version(name.lower())}" for name in ("Locust", "gevent"))
     load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
     return (
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC · {platform.python_implementation()} "
-        f"{platform.python_version()}, {versions} · {os.cpu_count()} processors ({model}), {platform.system()} "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC · "
+        f"{platform.python_implementation()} {platform.python_version()}, {versions} · "
+        f"{os.cpu_count()} processors ({model}), {platform.system()} "
         f"{platform.release()} · load before: {load} · server: {bench.server_name}"
     )
 
@@ -453,23 +614,38 @@ def table(rows: list[Row]) -> str:
     """Return the rows as a Markdown table."""
     heads = Row("what", "measured", "at least", "aim", "details")
     lines = [heads, Row(*["---"] * 5), *rows]
-    return "".join(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |\n" for line in lines)
+    return "".join(
+        f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |\n"
+        for line in lines
+    )
 
 
 def main() -> int:
     """Run what is asked for; return 1 if a comparison failed, else 0."""
-    parser = argparse.ArgumentParser(description="Measure locustfile.py beside other load generators.")
-    parser.add_argument("--quick", action="store_true", help="short runs with few users: no figures, only a trial")
-    parser.add_argument("--only", nargs="+", choices=[*COMPARISONS, "soak"], metavar="NAME", help="%(choices)s")
-    parser.add_argument("--soak-minutes", type=float, default=10, help="length of the soak (default 10)")
-    parser.add_argument("--output", type=Path, help="file to write (default RESULTS.md, for a full run only)")
+    parser = argparse.ArgumentParser(
+        description="Measure locustfile.py beside other load generators."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="short runs with few users: no figures, only a trial"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*COMPARISONS, "soak"], metavar="NAME", help="%(choices)s"
+    )
+    parser.add_argument(
+        "--soak-minutes", type=float, default=10, help="length of the soak (default 10)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="file to write (default RESULTS.md, for a full run only)"
+    )
     options = parser.parse_args()
     output = options.output or (None if options.quick or options.only else FOLDER / "RESULTS.md")
     for number in (signal.SIGINT, signal.SIGTERM):  # so that what was started is ended
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # macOS has a lower one that it does not tell
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))  # for the generators to inherit
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (hard_limit, hard_limit)
+        )  # for the generators to inherit
     rows, failed = [], False
     with Bench(options.quick) as bench:
         text = f"# Results\n\n{conditions(bench)}\n\n"

@@ -1,7 +1,8 @@
-"""The Locust script for TCP as it is pasted from documentation and forums: the one that locustfile.py is compared with.
+"""The Locust script for TCP as it is pasted from documentation and forums: the one that
+locustfile.py is compared with.
 
-It sends the same texts in the same mix. TEXTBOOK_WAIT is the pause in seconds between two messages, ``2`` or ``0.5-2``.
-"""
+It sends the same texts in the same mix. TEXTBOOK_WAIT is the pause in seconds between two messages,
+``2`` or ``0.5-2``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tsung's raw TCP plugin as a load generator: a closed loop that sends the messages of ``ChatClient``."""
+"""Tsung's raw TCP plugin as a load generator: a closed loop that sends the messages of
+``ChatClient``."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import psutil
 from harness import END_LIMIT, Bench, Generator, Server, free_port, kill
 from texts import mixed_lines
 
-# ack="local": a user goes on when something was received. The text is checked by nobody, other than in locustfile.py.
+# ack="local": a user goes on when something was received. The text is checked by nobody, other than
+# in locustfile.py.
 CONFIGURATION = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE tsung SYSTEM "/usr/share/tsung/tsung-1.0.dtd">
 <tsung loglevel="error">
@@ -37,7 +39,9 @@ def requests() -> str:
     random.Random(1).shuffle(lines)
     # Tsung sends each character as one byte, so every byte of the UTF-8 is written as a character.
     texts = ("".join(f"&#{byte};" for byte in line) for line in lines)
-    return "\n".join(f'        <request><raw data="{text}" ack="local"/></request>' for text in texts)
+    return "\n".join(
+        f'        <request><raw data="{text}" ack="local"/></request>' for text in texts
+    )
 
 
 def tsung_is_installed() -> bool:
@@ -46,11 +50,12 @@ def tsung_is_installed() -> bool:
 
 
 class Tsung(Generator):
-    """Tsung under way: all users arrive at once and go on until it is ended, for five minutes at most.
+    """Tsung under way: all users arrive at once and go on until it is ended, for five minutes at
+    most.
 
-    The port mapper of Erlang is started here, on a port of its own: else Tsung would leave one behind. The Erlang
-    machine is told not to wait busily, which would count as processor time of the messages.
-    """
+    The port mapper of Erlang is started here, on a port of its own: else Tsung would leave one
+    behind. The Erlang machine is told not to wait busily, which would count as processor time of
+    the messages."""
 
     def __init__(self, bench: Bench, users: int, server: Server) -> None:
         port, home = free_port(), bench.new_file()
@@ -61,7 +66,9 @@ class Tsung(Generator):
         configuration.write_text(text, "ascii")
         command = ["tsung", "-n", "-f", str(configuration), "-l", str(home / "log"), "start"]
         flags = "+sbwt none +sbwtdcpu none +sbwtdio none"
-        super().__init__(bench, users, [server], command, HOME=str(home), ERL_EPMD_PORT=port, ERL_FLAGS=flags)
+        super().__init__(
+            bench, users, [server], command, HOME=str(home), ERL_EPMD_PORT=port, ERL_FLAGS=flags
+        )
 
     def finish(self) -> str:
         """End it: the shell script that was started ends with its child, the Erlang machine."""
