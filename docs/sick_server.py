@@ -1,4 +1,4 @@
-"""A small chat server that is ill on purpose, to see what an illness looks like in the charts. Only on 127.0.0.1.
+"""A small chat server that is ill on purpose, to see what an illness looks like. Only on 127.0.0.1.
 
     python docs/sick_server.py step 100
 
@@ -13,7 +13,9 @@ import contextlib
 import socket
 from functools import partial
 
-ANSWER_TIME = 0.020  # seconds: a healthy answer; far above the noise of one machine, so that charts are calm
+ANSWER_TIME = (
+    0.020  # seconds: a healthy answer; far above the noise of one machine, so that charts are calm
+)
 STALL_EVERY = 10.0  # seconds from one stall to the next
 MODES = {  # what number N means
     "healthy": "no illness; N is not used",
@@ -35,7 +37,7 @@ class Server:
         self.free_at = 0.0
 
     def due(self, now: float) -> float:
-        """Return when the message that arrives now is to be answered; both in seconds of the event loop's clock."""
+        """Return when to answer a message that arrives now, both in seconds of the loop's clock."""
         self.messages += 1
         match self.mode:
             case "step" if self.connections > self.number:
@@ -92,8 +94,13 @@ class Connection(asyncio.Protocol):
 async def serve(server: Server, port: int) -> None:
     """Serve on that port of 127.0.0.1 for good; 0 means any that is free."""
     loop = asyncio.get_running_loop()
-    listener = await loop.create_server(partial(Connection, server), "127.0.0.1", port, backlog=1024)
-    print(f"{server.mode} server on 127.0.0.1:{listener.sockets[0].getsockname()[1]}, Ctrl-C ends it", flush=True)
+    listener = await loop.create_server(
+        partial(Connection, server), "127.0.0.1", port, backlog=1024
+    )
+    print(
+        f"{server.mode} server on 127.0.0.1:{listener.sockets[0].getsockname()[1]}, Ctrl-C ends it",
+        flush=True,
+    )
     await listener.serve_forever()
 
 
@@ -105,8 +112,20 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mode", choices=MODES, help="the illness")
-    parser.add_argument("number", nargs="?", type=int, default=100, metavar="N", help="as the mode says (default 100)")
-    parser.add_argument("--port", type=int, default=12345, help="where to listen (default 12345, 0: any that is free)")
+    parser.add_argument(
+        "number",
+        nargs="?",
+        type=int,
+        default=100,
+        metavar="N",
+        help="as the mode says (default 100)",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=12345,
+        help="where to listen (default 12345, 0: any that is free)",
+    )
     options = parser.parse_args()
     try:
         asyncio.run(serve(Server(options.mode, options.number), options.port))

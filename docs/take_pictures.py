@@ -1,73 +1,58 @@
-"""Make the pictures of the documentation: real servers, real runs of Locust, a real browser; two minutes.
+"""Make the pictures of the documentation: real servers, real runs of Locust, a real browser.
 
-    python docs/take_pictures.py            all pictures
+    python docs/take_pictures.py            all pictures, in about two minutes
     python docs/take_pictures.py step leak  some of them
 
-It needs Chromium, and the packages of requirements.txt in the Python that runs it.
+It needs Debian's Chromium, and the packages of tests/requirements.txt in the Python that runs it.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import json
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-from browser import Browser  # noqa: E402
-from conftest import LOCUST, Program, free_port, wait_until  # noqa: E402  # Locust, and with it gevent, comes first
+from programs import LOCUST, ROOT, Program  # noqa: E402  # Locust, and with it gevent, comes first
+from servers import free_port  # noqa: E402
 
 import gevent  # noqa: E402  # isort: skip
+from playwright.sync_api import FloatRect, Page, sync_playwright  # noqa: E402
 
-SECONDS = 90  # of each run: long enough for curves, as Locust notes a point of the report's charts every 5 s
+SECONDS = 90  # of each run: Locust notes a point of the report's charts every 5 s
 RISING = ("--users=200", "--spawn-rate=3")
-RUNS = {  # what the server does, and the load; all run at once, and none needs a tenth of a processor
+TEN = ("--users=10", "--spawn-rate=10")
+# What the server does, and the load. All run at once, and none needs a tenth of a processor.
+RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "healthy": (("healthy",), RISING),
     "step": (("step", "100"), RISING),
     "limit": (("limit", "100"), RISING),
     "queue": (("queue", "5"), ("--users=40", "--spawn-rate=0.5", "--chat-wait=0")),
     "leak": (("leak", "40"), ("--users=100", "--spawn-rate=50")),
     "restart": (("healthy",), ("--users=100", "--spawn-rate=50", "--chat-timeout=2")),
+    "closed": (("stall", "2000"), (*TEN, "--chat-wait=0.1")),
+    "open": (("stall", "2000"), (*TEN, "--chat-rate=8")),
 }
-DOWN, UP = 30, 45  # seconds into the run "restart" when its server is killed, and when it is started again
-CHARTS = "[...document.querySelectorAll('[_echarts_instance_]')]"
+# Seconds into the run "restart" when its server is killed, and when it is started again.
+DOWN, UP = 30, 45
+CHARTS = "[_echarts_instance_]:has(canvas)"
+WIDE, NARROW = 1280, 900  # pixels
 
 
-class Page(Browser):
-    """A page of the browser that can save a part of what it shows."""
-
-    def save(self, path: Path, first: str = "document.body", last: str = "document.body") -> None:
-        """Save the page from the element ``first`` to the element ``last``, JavaScript expressions, as a PNG file, as
-        soon as two pictures in a row are the same: before that, charts are still being drawn."""
-        script = f"""(() => {{ const [a, b] = [{first}, {last}].map(e => e.getBoundingClientRect());
-            return JSON.stringify({{x: 0, y: Math.max(0, a.top + scrollY - 8), width: innerWidth, scale: 1,
-                                    height: b.bottom - a.top + 16}}); }})()"""
-        before, picture = "", "-"
-        while before != picture:
-            clip = json.loads(self.evaluate(script))
-            gevent.sleep(0.3)
-            before, picture = (
-                picture,
-                self._call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"],
-            )
-        path.write_bytes(base64.b64decode(picture))
-        print(f"{path.name}: {path.stat().st_size // 1024} KB", flush=True)
-
-    def wait_for_charts(self) -> None:
-        """Wait until the three charts are on the page, with their canvases."""
-        self.wait_for(f"{CHARTS}.filter(e => e.querySelector('canvas')).length >= 3")
+# -------------------------------------------------------------------------------------- the runs
 
 
 @contextlib.contextmanager
 def started(*command: str | Path) -> Iterator[Program]:
-    """Run a program in the repository's folder; kill it at the end."""
+    """Run a program in the project's folder; kill it at the end."""
     program = Program(*command)
     try:
         yield program
@@ -75,81 +60,162 @@ def started(*command: str | Path) -> Iterator[Program]:
         program.kill()
 
 
-def server(stack: contextlib.ExitStack, port: int, *arguments: str) -> Program:
-    """Start the server of the documentation; return once it listens."""
-    running = stack.enter_context(started(sys.executable, DOCS / "sick_server.py", *arguments, f"--port={port}"))
-    running.prints("Ctrl-C")
-    return running
+@contextlib.contextmanager
+def serving(port: int, *arguments: str) -> Iterator[Program]:
+    """Run the server of the documentation; it listens when the block begins."""
+    script = DOCS / "sick_server.py"
+    with started(sys.executable, script, *arguments, f"--port={port}") as server:
+        server.prints("Ctrl-C")
+        yield server
 
 
 def run(name: str, report: Path, web_port: int | None) -> None:
     """Start server and load of that name; return when the report is written."""
     arguments, load = RUNS[name]
-    port, bus = free_port(), free_port()
-    web = (f"--web-port={web_port}", "--web-host=127.0.0.1", "--autostart", "--autoquit=0")
-    mode = ("--headless",) if web_port is None else web
+    mode = ["--headless"]
+    if web_port is not None:
+        mode = [f"--web-port={web_port}", "--web-host=127.0.0.1", "--autostart", "--autoquit=0"]
     with contextlib.ExitStack() as stack:
-        serving = server(stack, port, *arguments)
-        line = [f"--host=127.0.0.1:{port}", *load, f"--run-time={SECONDS}s", f"--html={report}", *mode]
-        running = stack.enter_context(started(*LOCUST, "-f", "locustfile.py", f"--master-bind-port={bus}", *line))
+        port = free_port()
+        server = stack.enter_context(serving(port, *arguments))
+        host = f"--host=127.0.0.1:{port}"
+        length = f"--run-time={SECONDS}s"
+        command: tuple[str | Path, ...] = (
+            *LOCUST,
+            "-f",
+            ROOT / "locustfile.py",
+            host,
+            *load,
+            length,
+            *mode,
+        )
+        running = stack.enter_context(started(*command, f"--html={report}"))
         running.prints("Ramping to")
         if name == "restart":
             gevent.sleep(DOWN)
-            serving.kill()
+            server.kill()
             gevent.sleep(UP - DOWN)
-            server(stack, port, *arguments)
+            stack.enter_context(serving(port, *arguments))
         running.ends(SECONDS + 60)
-        print(
-            "\n".join(["", f"{name}: {' '.join(arguments)}", running.output[running.output.index("Shutting down") :]])
+        summary = running.output[running.output.index("Shutting down") :]
+        print(f"\n{name}: {' '.join(arguments)}\n{summary}")
+
+
+# ----------------------------------------------------------------------------------- the browser
+
+
+@contextlib.contextmanager
+def browser_page(width: int) -> Iterator[Page]:
+    """Open a page of Chromium."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
+        try:
+            yield browser.new_page(viewport={"width": width, "height": 900})
+        finally:
+            browser.close()
+
+
+def wait_for_charts(page: Page) -> None:
+    """Wait until the three charts are on the page."""
+    page.locator(CHARTS).nth(2).wait_for()
+
+
+def area_of_charts(page: Page, *, from_top: bool) -> FloatRect:
+    """Return the area of the three charts, as wide as the page, or all from its top to them."""
+    first = page.locator(CHARTS).nth(0).bounding_box()
+    last = page.locator(CHARTS).nth(2).bounding_box()
+    size = page.viewport_size
+    assert first is not None
+    assert last is not None
+    assert size is not None
+    top = 0.0 if from_top else max(0.0, first["y"] - 8)
+    bottom = last["y"] + last["height"] + 8
+    return {"x": 0, "y": top, "width": size["width"], "height": bottom - top}
+
+
+def save(page: Page, path: Path, area: FloatRect | None = None) -> None:
+    """Save the page, or an area of it, as a PNG file.
+
+    It is taken until two pictures in a row are the same: before that, charts are still being drawn.
+    """
+    before, picture = b"", b"-"
+    while before != picture:
+        page.wait_for_timeout(300)
+        before, picture = picture, page.screenshot(full_page=True, clip=area)
+    path.write_bytes(picture)
+    print(f"{path.name}: {len(picture) // 1024} KB", flush=True)
+
+
+def wait_for_web_ui(port: int, running: gevent.Greenlet) -> None:
+    """Wait until the web UI listens; fail with the run where that has failed."""
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            if running.ready():
+                running.get()
+            gevent.sleep(0.1)
+
+
+def take_web_ui(port: int, path: Path) -> None:
+    """Save the charts of the web UI shortly before the end of the run."""
+    deadline = time.monotonic() + SECONDS - 10
+    with browser_page(WIDE) as page:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_role("tab", name="Charts").click()
+        wait_for_charts(page)
+        page.wait_for_function("/Users\\s+200\\b/.test(document.body.innerText)", timeout=0)
+        page.wait_for_timeout(max(0.0, deadline - time.monotonic()) * 1000)
+        save(page, path)
+
+
+def take_report(report: Path, path: Path, *, from_top: bool = False) -> None:
+    """Save the charts of a report, or all of it from its top to them."""
+    with browser_page(WIDE if from_top else NARROW) as page:
+        page.goto(report.as_uri())
+        wait_for_charts(page)
+        save(page, path, area_of_charts(page, from_top=from_top))
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def take_pictures(names: list[str], output: Path) -> None:
+    """Run what the names say, all at once, and save the pictures in a folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    web_port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        reports = {name: Path(folder) / f"{name}.html" for name in names}
+        runs = {
+            name: gevent.spawn(run, name, report, web_port if name == "healthy" else None)
+            for name, report in reports.items()
+        }
+        if "healthy" in runs:
+            wait_for_web_ui(web_port, runs["healthy"])
+            take_web_ui(web_port, output / "web-ui.png")
+        gevent.joinall(runs.values(), raise_error=True)
+        for name, report in reports.items():
+            take_report(report, output / f"{name}.png")
+        if "healthy" in reports:
+            take_report(reports["healthy"], output / "report.png", from_top=True)
 
 
 def main() -> None:
     """Make the pictures that the command line names."""
-    parser = argparse.ArgumentParser(description="Make the pictures of the documentation, in about two minutes.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)} (default: all of them)")
-    parser.add_argument("--output", type=Path, default=DOCS / "images", help="the folder (default docs/images)")
+    parser = argparse.ArgumentParser(description="Make the pictures of the documentation.")
+    names = ", ".join(RUNS)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {names} (default: all)")
+    parser.add_argument("--output", type=Path, default=DOCS / "images", help="the folder")
     options = parser.parse_args()
-    chromium = shutil.which("chromium")
-    if unknown := set(options.runs) - set(RUNS):
-        parser.error(f"there is no run {', '.join(sorted(unknown))}: write some of {', '.join(RUNS)}")
-    if chromium is None:
+    unknown = sorted(set(options.runs) - set(RUNS))
+    if unknown:
+        parser.error(f"there is no run {', '.join(unknown)}: write some of {names}")
+    if shutil.which("chromium") is None:
         parser.error("chromium is not installed: on Debian, apt-get install chromium")
-    names, web_port = options.runs or list(RUNS), free_port()
-    options.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        reports = {name: Path(folder) / f"{name}.html" for name in names}
-        runs = [gevent.spawn(run, n, reports[n], web_port if n == "healthy" else None) for n in names]
-        if "healthy" in names:
-            with Page(chromium, 1280, 900) as page:
-                take_web_ui(page, web_port, options.output / "web-ui.png")
-        gevent.joinall(runs, raise_error=True)
-        for name, report in reports.items():
-            with Page(chromium, 900, 900) as page:
-                page.open(report.as_uri())
-                page.wait_for_charts()
-                page.save(options.output / f"{name}.png", f"{CHARTS}[0]", f"{CHARTS}[2]")
-        if "healthy" in names:
-            with Page(chromium, 1280, 900) as page:
-                page.open(reports["healthy"].as_uri())
-                page.wait_for_charts()
-                page.save(options.output / "report.png", last=f"{CHARTS}[2]")
-
-
-def take_web_ui(page: Page, port: int, path: Path) -> None:
-    """Save the charts of the web UI shortly before the end of the run."""
-
-    def ready() -> bool:
-        page.open(f"http://127.0.0.1:{port}/")
-        gevent.sleep(0.5)
-        return "STATISTICS" in page.text().upper()
-
-    wait_until(ready, 60)
-    page.click("Charts")
-    page.wait_for_charts()
-    page.wait_for("/Users\\s+200\\b/.test(document.body.innerText)", SECONDS)
-    gevent.sleep(SECONDS - 75)  # some more of the curve after all users have come
-    page.save(path)
+    take_pictures(options.runs or list(RUNS), options.output)
 
 
 if __name__ == "__main__":
