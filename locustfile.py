@@ -394,6 +394,20 @@ class Option(NamedTuple):
             self.parse(text)
         return text
 
+    def add_to(
+        self, parser: argument_parser.LocustArgumentParser, default: str | None = None
+    ) -> None:
+        """Add it to Locust's options, its environment variable and the web form with it."""
+        parser.add_argument(
+            f"--{self.name}",
+            metavar=f"<{self.name.rpartition('-')[2]}>",
+            env_var=self.key.upper(),
+            type=self.check,
+            choices=self.choices,
+            default=default,
+            help=self.meaning if default is None else f"{self.meaning} (default {default})",
+        )
+
 
 OPTIONS = (
     Option("tcp-port", parse_port, "Port of the chat server where the host names none"),
@@ -1824,14 +1838,7 @@ gevent.hub.Hub.NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
 def add_options(parser: argument_parser.LocustArgumentParser) -> None:
     """Add this file's options to Locust's."""
     for option in OPTIONS:
-        parser.add_argument(
-            f"--{option.name}",
-            metavar=f"<{option.name.rpartition('-')[2]}>",
-            env_var=option.key.upper(),
-            type=option.check,
-            choices=option.choices,
-            help=option.meaning,
-        )
+        option.add_to(parser)
     parser.add_argument(
         "--echo-server",
         action="store_true",

@@ -110,14 +110,7 @@ DEFAULTS = {STEP: "10", STEP_TIME: "10", MAX_P95: "100", MAX_FAIL_RATIO: "0.01",
 def add_options(parser: LocustArgumentParser) -> None:
     """Add this file's options to Locust's."""
     for option, default in DEFAULTS.items():
-        parser.add_argument(
-            f"--{option.name}",
-            metavar=f"<{option.name.rpartition('-')[2]}>",
-            env_var=option.key.upper(),
-            type=option.check,
-            default=default,
-            help=f"{option.meaning} (default {default})",
-        )
+        option.add_to(parser, default)
 
 
 class Limits(NamedTuple):

@@ -71,13 +71,7 @@ P95 = locustfile.Option(
 def add_options(parser: LocustArgumentParser) -> None:
     """Add the limits to Locust's options."""
     for option in (FAIL_RATIO, P95):
-        parser.add_argument(
-            f"--{option.name}",
-            metavar=f"<{option.name.rpartition('-')[2]}>",
-            env_var=option.key.upper(),
-            type=option.check,
-            help=option.meaning,
-        )
+        option.add_to(parser)
 
 
 class Limits(NamedTuple):
