@@ -168,11 +168,13 @@ class Series:
 class Ledger:
     """The account of what a receiver hears on one connection."""
 
+    __slots__ = ("_lost", "_older", "_series", "_since_ticks", "_taken", "missing", "since")
+
     def __init__(self) -> None:
         self.since = perf_counter()  # what was sent earlier is history
         self._since_ticks = int(self.since * TICKS)
         self._older = dict(LATEST_HEARD)  # the same, by the clocks of other machines
-        self._series: dict[tuple[bytes, bytes], Series] = {}  # the last to be heard comes last
+        self._series: dict[bytes, Series] = {}  # those heard of first come first
         # Gaps: what is missing, and the time since when; the oldest come first.
         self.missing: dict[tuple[Series, int], float] = {}
         self._lost: dict[tuple[Series, int], None] = {}
@@ -192,7 +194,7 @@ class Ledger:
 
     def enter(
         self,
-        sender: tuple[bytes, bytes],
+        sender: bytes,
         number: int,
         arrived: float | None,
         *,
@@ -202,7 +204,7 @@ class Ledger:
 
         :param arrived: None where it is not known when it came among the others
         """
-        series = self._series_of(sender, number)
+        series = self._series.get(sender) or self._begin_series(sender, number)
         if arrived is None:
             self.missing.pop((series, number), None)
             remember(self._taken, (series, number))
@@ -222,13 +224,11 @@ class Ledger:
         series.first = number
         return Outcome.REORDERED
 
-    def _series_of(self, sender: tuple[bytes, bytes], number: int) -> Series:
-        """Return what was heard of a sender; the number begins the account of a new one."""
-        series = self._series.pop(sender, None)
-        if series is None:
-            series = Series(number)
-            if len(self._series) >= SENDERS_KEPT:
-                del self._series[next(iter(self._series))]
+    def _begin_series(self, sender: bytes, number: int) -> Series:
+        """Begin the account of a sender at this number, and forget the first where it has many."""
+        if len(self._series) >= SENDERS_KEPT:
+            del self._series[next(iter(self._series))]
+        series = Series(number)
         self._series[sender] = series
         return series
 
@@ -350,22 +350,23 @@ class Delivery(locustfile.TCPChatUser):
 
     def on_message(self, payload: bytes, arrived: float) -> None:
         """Report what other users have said."""
-        for stamp in STAMP.finditer(payload):
+        for stamp in STAMP.findall(payload):
             self._hear(stamp, len(payload), arrived)
         super().on_message(payload, arrived)
 
     def is_refusal(self, payload: bytes) -> bool:
         """Count also what an exchange took for its answer: ``any``, or a function, may do so."""
-        for stamp in STAMP.finditer(payload):
+        for stamp in STAMP.findall(payload):
             self._hear(stamp, len(payload), None)
         return super().is_refusal(payload)
 
-    def _hear(self, stamp: re.Match[bytes], size: int, arrived: float | None) -> None:
+    def _hear(self, stamp: tuple[bytes, ...], size: int, arrived: float | None) -> None:
         """Report a message, unless it is this user's own, or history.
 
+        :param stamp: the groups of ``STAMP``
         :param arrived: None where it is not known
         """
-        sender, connection, number, hexadecimal_ticks, machine = stamp.groups()
+        sender, connection, number, hexadecimal_ticks, machine = stamp
         ledger = self._ledger
         if ledger is None or sender == self._own_identity:
             return
@@ -375,12 +376,12 @@ class Delivery(locustfile.TCPChatUser):
         if ledger.is_history(machine, ticks):
             return
         milliseconds = None
-        if machine == MACHINE and arrived is not None:
+        if arrived is not None and machine == MACHINE:
             milliseconds = (arrived - ticks / TICKS) * 1000
         outcome = Outcome.ARRIVED
         if number != b"0":
             outcome = ledger.enter(
-                (sender, connection), int(number), arrived, may_be_history=machine != MACHINE
+                sender + connection, int(number), arrived, may_be_history=machine != MACHINE
             )
             if ledger.missing and self._watcher is None:
                 self._watcher = gevent.spawn(self._watch_gaps)
