@@ -13,9 +13,8 @@ import contextlib
 import socket
 from functools import partial
 
-ANSWER_TIME = (
-    0.020  # seconds: a healthy answer; far above the noise of one machine, so that charts are calm
-)
+# Seconds: a healthy answer; far above the noise of one machine, so that charts are calm.
+ANSWER_TIME = 0.020
 STALL_EVERY = 10.0  # seconds from one stall to the next
 MODES = {  # what number N means
     "healthy": "no illness; N is not used",
@@ -24,6 +23,7 @@ MODES = {  # what number N means
     "limit": "a connection beyond N is closed at once",
     "queue": "one message at a time, each takes N ms",
     "stall": "every 10 seconds, nothing is answered for N ms",
+    "room": "all lines go to everybody; each Nth of those to the others is lost (0: none)",
     "pieces": "at once, in two pieces, and without TCP_NODELAY; N is not used",
 }
 
@@ -32,15 +32,18 @@ class Server:
     """The mode, its number, and what all connections share."""
 
     def __init__(self, mode: str, number: int) -> None:
-        self.mode, self.number = mode, number
-        self.connections = self.messages = 0
+        self.mode = mode
+        self.number = number
+        self.connections: set[Connection] = set()
+        self.messages = 0
+        self.deliveries = 0  # from one connection to another, in a room
         self.free_at = 0.0
 
     def due(self, now: float) -> float:
         """Return when to answer a message that arrives now, both in seconds of the loop's clock."""
         self.messages += 1
         match self.mode:
-            case "step" if self.connections > self.number:
+            case "step" if len(self.connections) > self.number:
                 return now + ANSWER_TIME + 0.2
             case "leak":
                 return now + ANSWER_TIME + self.messages * self.number / 1e6
@@ -51,6 +54,17 @@ class Server:
                 return now + max(ANSWER_TIME, self.number / 1e3 - now % STALL_EVERY)
         return now + ANSWER_TIME
 
+    def answer(self, line: bytes, sender: Connection) -> None:
+        """Send a line to who is to have it."""
+        sender.send(line)
+        if self.mode != "room":
+            return
+        for other in self.connections - {sender}:
+            self.deliveries += 1
+            is_lost = self.number > 0 and self.deliveries % self.number == 0
+            if not is_lost:
+                other.send(line)
+
 
 class Connection(asyncio.Protocol):
     """One connection: cuts what it receives into lines and answers each when it is due."""
@@ -58,21 +72,23 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, server: Server) -> None:
-        self.server, self.rest = server, b""
+        self.server = server
+        self.rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection in."""
         assert isinstance(transport, asyncio.Transport)
-        self.transport, server = transport, self.server
-        server.connections += 1
-        if server.mode == "limit" and server.connections > server.number:
+        self.transport = transport
+        server = self.server
+        server.connections.add(self)
+        if server.mode == "limit" and len(server.connections) > server.number:
             transport.close()
         if server.mode == "pieces":  # asyncio has set it
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Count the connection out."""
-        self.server.connections -= 1
+        self.server.connections.remove(self)
 
     def data_received(self, data: bytes) -> None:
         """Answer the lines that end in data."""
@@ -83,10 +99,11 @@ class Connection(asyncio.Protocol):
                 self.transport.write(line)
                 self.transport.write(b"\n")
             else:
-                loop.call_at(self.server.due(loop.time()), self.answer, line + b"\n")
+                due = self.server.due(loop.time())
+                loop.call_at(due, self.server.answer, line + b"\n", self)
 
-    def answer(self, line: bytes) -> None:
-        """Send an answer, if somebody is still there to read it."""
+    def send(self, line: bytes) -> None:
+        """Send a line, if somebody is still there to read it."""
         if not self.transport.is_closing():
             self.transport.write(line)
 

@@ -1,7 +1,7 @@
 """Make the pictures of the documentation: real servers, real runs of Locust, a real browser.
 
     python docs/take_pictures.py            all pictures, in about two minutes
-    python docs/take_pictures.py step leak  some of them
+    python docs/take_pictures.py step leak  some of them; "healthy" makes those of the web UI too
 
 It needs Debian's Chromium, and the packages of tests/requirements.txt in the Python that runs it.
 """
@@ -21,7 +21,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-from programs import LOCUST, ROOT, Program  # noqa: E402  # Locust, and with it gevent, comes first
+# Locust, and with it gevent, comes first.
+from programs import LOCUST, ROOT, Program, wait_until  # noqa: E402
 from servers import free_port  # noqa: E402
 
 import gevent  # noqa: E402  # isort: skip
@@ -148,16 +149,32 @@ def save(page: Page, path: Path, area: FloatRect | None = None) -> None:
     print(f"{path.name}: {len(picture) // 1024} KB", flush=True)
 
 
-def wait_for_web_ui(port: int, running: gevent.Greenlet) -> None:
-    """Wait until the web UI listens; fail with the run where that has failed."""
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        except ConnectionRefusedError:
-            if running.ready():
-                running.get()
-            gevent.sleep(0.1)
+def listens(port: int) -> bool:
+    """Return whether a program listens on a port of 127.0.0.1."""
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def take_form(path: Path) -> None:
+    """Save the form of the web UI, with a mode chosen in its drop-down."""
+    port = free_port()
+    host = "--host=localhost:12345"
+    web = (f"--web-port={port}", "--web-host=127.0.0.1")
+    with started(*LOCUST, "-f", ROOT / "locustfile.py", host, *web), browser_page(NARROW) as page:
+        wait_until(lambda: listens(port))
+        page.set_viewport_size({"width": NARROW, "height": 2 * NARROW})  # so that nothing scrolls
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_text("Custom parameters").click()
+        page.get_by_role("combobox").select_option("tag")
+        start = page.get_by_role("button", name="Start")
+        start.click(trial=True)  # clicks nothing, but waits until the form has unfolded
+        button = start.bounding_box()
+        assert button is not None
+        bottom = button["y"] + button["height"] + 8
+        save(page, path, {"x": 0, "y": 0, "width": NARROW, "height": bottom})
 
 
 def take_web_ui(port: int, path: Path) -> None:
@@ -194,13 +211,14 @@ def take_pictures(names: list[str], output: Path) -> None:
             for name, report in reports.items()
         }
         if "healthy" in runs:
-            wait_for_web_ui(web_port, runs["healthy"])
+            wait_until(lambda: listens(web_port))
             take_web_ui(web_port, output / "web-ui.png")
         gevent.joinall(runs.values(), raise_error=True)
         for name, report in reports.items():
             take_report(report, output / f"{name}.png")
         if "healthy" in reports:
             take_report(reports["healthy"], output / "report.png", from_top=True)
+            take_form(output / "form.png")
 
 
 def main() -> None:

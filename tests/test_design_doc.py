@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from programs import PATH, ROOT, Program, program
+from programs import LOCUST, PATH, ROOT, Program, latest_counts, program, rows_of, wait_until
+from servers import Server, lines
 
 Start = Callable[..., Program]
+Serve = Callable[..., Server]
 
 DOCUMENT = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS: list[str] = re.findall(r"^```sh\n(.*?)\n```$", DOCUMENT, re.MULTILINE | re.DOTALL)
@@ -33,6 +38,17 @@ def run(start: Start, command: str) -> str:
     return running.output
 
 
+def test_what_the_picture_and_the_first_table_name_is_in_the_file() -> None:
+    source = (ROOT / "locustfile.py").read_text(encoding="utf-8")
+    picture = DOCUMENT.split("```")[1]
+    functions = set(re.findall(r"\b[a-z]*_[a-z_]+\b", picture))
+    assert {"send_chat", "send_in_turn", "_deliver"} <= functions
+    assert all(f"def {name}(" in source or f'"{name}"' in source for name in functions)
+    classes = re.findall(r"^\| `([A-Z]\w+)` \|", DOCUMENT, re.MULTILINE)
+    assert len(classes) == 5
+    assert all(re.search(rf"^class {name}\b", source, re.MULTILINE) for name in classes)
+
+
 def test_the_suite_is_run_by_the_same_command_as_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert command_with("python3 -m venv") in readme.replace(".venv/bin/", "")
@@ -49,6 +65,33 @@ def test_what_the_tests_do_not_reach_can_be_listed(start: Start, tmp_path: objec
     )
     output = run(start, f"export COVERAGE_FILE={tmp_path}/coverage; {command}")
     assert re.search(r"^locustfile\.py +\d+", output, re.MULTILINE)
+
+
+def test_the_two_ways_to_find_a_tag_can_be_timed(start: Start) -> None:
+    output = run(start, command_with("timeit").replace("-m timeit", "-m timeit -n 1 -r 1"))
+    assert output.count("sec per loop") == 2
+
+
+def test_the_plugin_of_the_document_works(start: Start, serve: Serve, tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "questions.py").write_text(code, encoding="utf-8")
+    shutil.copy(ROOT / "locustfile.py", tmp_path)
+    everybody: set[socket.socket] = set()
+
+    def room(connection: socket.socket) -> None:
+        everybody.add(connection)
+        for line in lines(connection):
+            for member in everybody:
+                member.sendall(line + b"\n")
+
+    (command,) = re.findall(r"^ +locust (.*)", code, re.MULTILINE)
+    port = str(serve(room).port)
+    arguments = shortened(shortened(command, "12345", port), "--users=20", "--users=3")
+    running = start(*LOCUST, *arguments.split(), cwd=tmp_path, CHAT_WAIT="0.1")
+    wait_until(lambda: latest_counts(running, "heard").requests > 10)
+    assert running.stop() == 0
+    assert set(rows_of(running.output)) == {"connect", "send_chat", "echo_response", "heard"}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the project's git history")

@@ -97,7 +97,7 @@ def test_there_is_no_command_that_no_test_runs() -> None:
         *commands_with("--master"),
     ]
     assert sorted(tested) == sorted(COMMANDS)
-    assert len(BLOCKS) == 10 and len(IN_TABLES) == 11
+    assert len(BLOCKS) == 9 and len(IN_TABLES) == 11
 
 
 def test_the_first_command_ends_by_itself_without_a_failure(start: Start, tmp_path: Path) -> None:

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from programs import LOCUST, ROOT, Program, quiet, rows_of, wait_until
+from gevent.pywsgi import WSGIServer
+from programs import LOCUST, PATH, ROOT, Program, latest_counts, quiet, rows_of, wait_until
 from rows import Rows
-from servers import Server, echo, free_port
+from servers import Server, echo, free_port, lines
 
 from locustfile import TCPSocketClient
 
 TEXT = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-COMMANDS = [block.strip() for block in BLOCKS]
+COMMANDS = [block.strip() for block in BLOCKS if "--html" in block]
 Start = Callable[..., Program]
 Serve = Callable[..., Server]
 Connect = Callable[..., TCPSocketClient]
+
+
+def with_twenty_users(command: str, port: int) -> str:
+    """Return the command for the server at port, with 20 users that start at once, and more time.
+
+    The test stops it once it has done enough.
+    """
+    command = re.sub(r"--spawn-rate=\S+", "--spawn-rate=20", command)
+    command = re.sub(r"--users=\d+", "--users=20", command)
+    command = re.sub(r"--run-time=\S+", "--run-time=4m", command)
+    return command.replace("12345", str(port))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -29,18 +43,110 @@ def test_a_command_of_the_document_runs_without_a_failure(
     start: Start, serve: Serve, tmp_path: Path, command: str
 ) -> None:
     server = serve(echo)
-    arguments = re.sub(r"--spawn-rate=\S+", "--spawn-rate=20", command)
-    arguments = re.sub(r"--users=\d+", "--users=20", arguments)
-    arguments = arguments.replace("12345", str(server.port))
+    arguments = with_twenty_users(command, server.port)
     arguments = arguments.replace("-f locustfile.py", f"-f {ROOT / 'locustfile.py'}")
     running = start(*LOCUST, *arguments.split()[1:], cwd=tmp_path)
-    wait_until(lambda: server.opened == 20)
-    running.prints("All users spawned")
-    assert quiet(running.output)  # with --run-time, gevent prints what Ctrl-C raises
-    running.process.send_signal(signal.SIGINT)
+    wait_until(lambda: latest_counts(running, "connect").requests == 20)
+    assert quiet(running.output)  # with --run-time, gevent may print what Ctrl-C raises
+    running.process.send_signal(signal.SIGINT)  # after SIGTERM, Locust writes no report
     assert running.ends() == 0
     assert rows_of(running.output)["connect"] == (20, 0)
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def block_with(text: str) -> str:
+    """Return the one block of commands that contains a text."""
+    (block,) = [block for block in BLOCKS if text in block]
+    return str(block)
+
+
+def test_no_block_of_commands_is_without_a_test() -> None:
+    apart = [block_with("plugins/delivery.py"), block_with("--otel")]
+    assert len(COMMANDS) + len(apart) == len(BLOCKS)
+
+
+def test_a_room_that_loses_messages_shows_it_by_the_row_and_the_last_line(start: Start) -> None:
+    losing = re.search(r"sick_server\.py (room) 1000", TEXT)
+    assert losing is not None
+    port = sick(start, losing[1], "10")
+    command = with_twenty_users(block_with("plugins/delivery.py"), port)
+    running = start(*LOCUST, *command.split()[1:], CHAT_WAIT="0.1", CHAT_TIMEOUT="1")
+    wait_until(lambda: latest_counts(running, "delivery").failures)
+    assert running.stop() == 1
+    rows = rows_of(running.output)
+    assert rows["echo_response"][1] == 0
+    requests, failures = rows["delivery"]
+    assert 0 < failures < requests
+    (shown,) = re.findall(r"^    (delivery: .*)$", TEXT, re.MULTILINE)
+    form = re.sub(r"[\d,.]+(?= )", "X", shown)
+    said = re.findall(r"delivery: \d.*", running.output)
+    assert [re.sub(r"[\d,.]+(?= )", "X", line) for line in said] == [form]
+
+
+class Collector:
+    """What ``--otel`` exports to. It keeps the latest metrics, which count from the beginning."""
+
+    def __init__(self) -> None:
+        self.latest = b""
+        self._server = WSGIServer(("127.0.0.1", 0), self._take, log=None)
+        self._server.start()
+        self.port: int = self._server.server_port
+
+    def _take(self, environ: Mapping[str, Any], respond: Callable[..., object]) -> list[bytes]:
+        """Answer a request, by the interface of WSGI."""
+        body: bytes = environ["wsgi.input"].read()
+        if environ["PATH_INFO"] == "/v1/metrics":
+            self.latest = body
+        respond("200 OK", [("Content-Type", "application/x-protobuf")])
+        return [b""]
+
+    def stop(self) -> None:
+        """Listen no more."""
+        self._server.stop()
+
+    def rows(self) -> tuple[dict[str, tuple[int, int]], set[str]]:
+        """Return requests and failures by name, and the classes of the failures."""
+        from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
+
+        export = metrics_service_pb2.ExportMetricsServiceRequest.FromString(self.latest)
+        metrics = export.resource_metrics[0].scope_metrics[0].metrics
+        (durations,) = [metric for metric in metrics if metric.name == "locust.client.duration"]
+        assert durations.unit == "s"
+        rows: dict[str, tuple[int, int]] = {}
+        errors: set[str] = set()
+        for point in durations.exponential_histogram.data_points:
+            attributes = {pair.key: pair.value.string_value for pair in point.attributes}
+            requests, failures = rows.get(attributes["name"], (0, 0))
+            if "error.type" in attributes:
+                errors.add(attributes["error.type"])
+                failures += point.count
+            rows[attributes["name"]] = (requests + point.count, failures)
+        return rows, errors
+
+
+def cut_lines(connection: socket.socket) -> None:
+    """Send the first 40 bytes of every line back."""
+    for line in lines(connection):
+        connection.sendall(line[:40] + b"\n")
+
+
+def test_the_rows_are_exported_to_opentelemetry_as_they_are(start: Start, serve: Serve) -> None:
+    pytest.importorskip("opentelemetry.proto", reason="locust[otel] is not installed")
+    collector = Collector()
+    try:
+        server = serve(cut_lines)
+        block = with_twenty_users(block_with("--otel"), server.port)
+        install, *export, command = block.replace("4318", str(collector.port)).splitlines()
+        assert install == "pip install 'locust[otel]'"
+        shell = ("bash", "-euo", "pipefail", "-c", "\n".join([*export, f"exec {command}"]))
+        running = start(*shell, PATH=PATH, CHAT_WAIT="0.1")
+        wait_until(lambda: latest_counts(running, "echo_response").failures)
+        assert running.stop() == 1  # the code for failed requests; the last export is made by then
+    finally:
+        collector.stop()
+    exported, errors = collector.rows()
+    assert exported == rows_of(running.output)
+    assert errors == {"EchoTruncated"}
 
 
 def test_every_picture_is_used_and_every_picture_used_is_there() -> None:
@@ -74,6 +180,7 @@ def test_the_script_of_the_pictures_makes_all_of_them() -> None:
     assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == runs | {
         "web-ui",
         "report",
+        "form",
     }
 
 
