@@ -1,24 +1,28 @@
 /* The chat server of the benchmarks: one thread and epoll, so that it is not the bottleneck. Linux only.
  *
- *     echo_server echo        sends every byte back
- *     echo_server delay MS    answers each line exactly MS milliseconds after its last byte was read
- *     echo_server room MS     sends each line to all connections; its sender's own comes last, MS milliseconds later
- *     echo_server drop N      as echo, but closes a connection after N lines
+ *     echo_server [delay=MS] [room=1] [drop=N] [stall=MS] [port=N]
  *
- * It listens on a free port of 127.0.0.1, which is the first line on its standard output. Each line on its standard
- * input is answered with one line of JSON, and the end of the input ends it (so it never outlives who started it):
+ * It sends every byte back, at once, unless told otherwise:
+ *
+ *     delay=MS   what was read is sent back exactly MS milliseconds later
+ *     room=1     what was read goes to all other connections too; each read is taken for whole lines
+ *     drop=N     a connection is closed after N lines
+ *     stall=MS   nothing is done for the first MS milliseconds of every 2 x MS
+ *     port=N     where to listen, instead of on a free port; several servers may share one
+ *
+ * The port, on 127.0.0.1, is the first line on its standard output. Each line on its standard input is answered with
+ * one line of JSON, and the end of the input ends it, so that it never outlives who started it:
  *
  *     accepted   connections since the start
  *     open       connections now
  *     active     connections that have sent a line since the previous question
  *     lines      lines read since the start
- *     late_us    mean lateness of the answers of delay and room since the start, in microseconds
+ *     late_us    mean lateness of the delayed answers since the start, in microseconds
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,21 +33,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum mode { ECHO, DELAY, ROOM, DROP };
-
-struct buffer {
-    char *bytes;
-    size_t length, capacity;
-};
-
 struct connection {
     long serial; /* tells it from an earlier connection with the same file number */
     long lines, question;
-    struct buffer input;  /* the beginning of a line */
-    struct buffer output; /* what the kernel has not taken yet */
+    char *unsent; /* what the kernel has not taken yet */
+    size_t length, capacity;
 };
 
-struct answer { /* an element of the queue, which is in the order of the due times, as the delay is the same for all */
+struct answer { /* an element of the queue, which is in the order of the due times, as all have the same delay */
     struct answer *next;
     long long due;
     int file;
@@ -52,13 +49,12 @@ struct answer { /* an element of the queue, which is in the order of the due tim
     char bytes[];
 };
 
-static enum mode mode;
-static long argument; /* milliseconds or lines */
+static long delay, room, drop, stall, port;
 static struct connection **connections; /* by file number */
-static int limit, highest, poller, alarm_clock;
+static int highest, poller, alarm_clock;
 static struct answer *first, *last;
 static long accepted, open_now, active, lines, question = 1, answers;
-static double late; /* nanoseconds, of all answers */
+static double late; /* nanoseconds, of all delayed answers */
 
 static long long now(void) {
     struct timespec time;
@@ -66,22 +62,20 @@ static long long now(void) {
     return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
-static void append(struct buffer *buffer, const char *bytes, size_t length) {
-    if (buffer->length + length > buffer->capacity) {
-        buffer->capacity = 2 * (buffer->length + length);
-        buffer->bytes = realloc(buffer->bytes, buffer->capacity);
-        if (!buffer->bytes)
+static void keep(struct connection *connection, const char *bytes, size_t length) {
+    if (connection->length + length > connection->capacity) {
+        connection->capacity = 2 * (connection->length + length);
+        connection->unsent = realloc(connection->unsent, connection->capacity);
+        if (!connection->unsent)
             abort();
     }
-    memcpy(buffer->bytes + buffer->length, bytes, length);
-    buffer->length += length;
+    memcpy(connection->unsent + connection->length, bytes, length);
+    connection->length += length;
 }
 
 static void hang_up(int file) {
-    struct connection *connection = connections[file];
-    free(connection->input.bytes);
-    free(connection->output.bytes);
-    free(connection);
+    free(connections[file]->unsent);
+    free(connections[file]);
     connections[file] = NULL;
     open_now--;
     close(file);
@@ -94,25 +88,25 @@ static void watch(int file, int operation, unsigned events) {
 
 /* Send, or keep what the kernel does not take. A broken connection is found and closed when it is read. */
 static void deliver(int file, const char *bytes, size_t length) {
-    struct buffer *output = &connections[file]->output;
+    struct connection *connection = connections[file];
     ssize_t sent = 0;
-    if (!output->length)
+    if (!connection->length)
         sent = send(file, bytes, length, MSG_NOSIGNAL);
     if (sent < 0)
         sent = 0;
     if ((size_t)sent < length) {
-        append(output, bytes + sent, length - sent);
+        keep(connection, bytes + sent, length - sent);
         watch(file, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
     }
 }
 
 static void on_writable(int file) {
-    struct buffer *output = &connections[file]->output;
-    ssize_t sent = send(file, output->bytes, output->length, MSG_NOSIGNAL);
+    struct connection *connection = connections[file];
+    ssize_t sent = send(file, connection->unsent, connection->length, MSG_NOSIGNAL);
     if (sent > 0)
-        memmove(output->bytes, output->bytes + sent, output->length -= sent);
-    if (!output->length || (sent < 0 && errno != EAGAIN)) {
-        output->length = 0;
+        memmove(connection->unsent, connection->unsent + sent, connection->length -= sent);
+    if (!connection->length || (sent < 0 && errno != EAGAIN)) {
+        connection->length = 0;
         watch(file, EPOLL_CTL_MOD, EPOLLIN);
     }
 }
@@ -122,11 +116,12 @@ static void set_alarm(void) {
     timerfd_settime(alarm_clock, TFD_TIMER_ABSTIME, &at, NULL);
 }
 
-static void answer_later(int file, const char *bytes, size_t length, long long due) {
+static void answer_later(int file, const char *bytes, size_t length) {
     struct answer *answer = malloc(sizeof *answer + length);
     if (!answer)
         abort();
-    *answer = (struct answer){.due = due, .file = file, .serial = connections[file]->serial, .length = length};
+    *answer = (struct answer){.file = file, .serial = connections[file]->serial, .length = length};
+    answer->due = now() + delay * 1000000LL;
     memcpy(answer->bytes, bytes, length);
     if (first) {
         last = last->next = answer;
@@ -154,51 +149,39 @@ static void on_alarm(void) {
         set_alarm();
 }
 
-static void on_line(int file, const char *bytes, size_t length, long long arrived) {
-    if (mode == ROOM)
-        for (int other = 0; other <= highest; other++)
-            if (connections[other] && other != file)
-                deliver(other, bytes, length);
-    if (argument)
-        answer_later(file, bytes, length, arrived + argument * 1000000LL);
-    else
-        deliver(file, bytes, length);
+static void count_lines(struct connection *connection, const char *bytes, size_t length) {
+    const char *end = bytes + length;
+    while ((bytes = memchr(bytes, '\n', end - bytes))) {
+        bytes++;
+        lines++;
+        connection->lines++;
+    }
+    if (connection->question != question) {
+        connection->question = question;
+        active++;
+    }
 }
 
 static void on_readable(int file) {
     static char bytes[65536];
-    struct connection *connection = connections[file];
     ssize_t length = recv(file, bytes, sizeof bytes, 0);
+    if (length < 0 && errno == EAGAIN)
+        return;
     if (length <= 0) {
-        if (length == 0 || errno != EAGAIN)
-            hang_up(file);
+        hang_up(file);
         return;
     }
-    long long arrived = mode == ECHO ? 0 : now();
-    const char *start = bytes, *end = bytes + length, *newline;
-    while ((newline = memchr(start, '\n', end - start))) {
-        lines++;
-        connection->lines++;
-        if (connection->question != question) {
-            connection->question = question;
-            active++;
-        }
-        if (mode == DELAY || mode == ROOM) {
-            append(&connection->input, start, newline + 1 - start);
-            on_line(file, connection->input.bytes, connection->input.length, arrived);
-            connection->input.length = 0;
-        }
-        start = newline + 1;
-        if (mode == DROP && connection->lines == argument) {
-            deliver(file, bytes, start - bytes);
-            hang_up(file);
-            return;
-        }
-    }
-    if (mode == DELAY || mode == ROOM)
-        append(&connection->input, start, end - start);
+    if (delay)
+        answer_later(file, bytes, length);
     else
         deliver(file, bytes, length);
+    if (room)
+        for (int other = 0; other <= highest; other++)
+            if (connections[other] && other != file)
+                deliver(other, bytes, length);
+    count_lines(connections[file], bytes, length);
+    if (drop && connections[file]->lines >= drop)
+        hang_up(file);
 }
 
 static void on_connection(int listener) {
@@ -206,7 +189,8 @@ static void on_connection(int listener) {
     if (file < 0)
         return;
     setsockopt(file, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (!(connections[file] = calloc(1, sizeof(struct connection))))
+    connections[file] = calloc(1, sizeof(struct connection));
+    if (!connections[file])
         abort();
     connections[file]->serial = ++accepted;
     open_now++;
@@ -226,61 +210,84 @@ static void on_question(void) {
     question++;
 }
 
-static void raise_file_limit(void) {
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    struct rlimit more = {100000, files.rlim_max > 100000 ? files.rlim_max : 100000};
-    if (setrlimit(RLIMIT_NOFILE, &more)) { /* only root may go over the hard limit */
-        files.rlim_cur = files.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &files);
+static void stand_still(void) {
+    long long left = stall * 1000000LL - now() % (2 * stall * 1000000LL);
+    struct timespec time = {left / 1000000000, left % 1000000000};
+    if (left > 0)
+        nanosleep(&time, NULL);
+}
+
+static void on_event(int listener, struct epoll_event event) {
+    int file = event.data.fd;
+    if (file == listener)
+        on_connection(listener);
+    else if (file == alarm_clock)
+        on_alarm();
+    else if (file == 0)
+        on_question();
+    else if (connections[file]) {
+        if (event.events & EPOLLOUT)
+            on_writable(file);
+        if (event.events & ~EPOLLOUT)
+            on_readable(file);
     }
-    getrlimit(RLIMIT_NOFILE, &files);
-    limit = files.rlim_cur < 1000000 ? (int)files.rlim_cur : 1000000;
+}
+
+static int understand(char *argument) {
+    struct {
+        const char *name;
+        long *value;
+    } known[] = {{"delay=", &delay}, {"room=", &room}, {"drop=", &drop}, {"stall=", &stall}, {"port=", &port}};
+    for (size_t number = 0; number < sizeof known / sizeof *known; number++) {
+        size_t length = strlen(known[number].name);
+        if (!strncmp(argument, known[number].name, length)) {
+            *known[number].value = atol(argument + length);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int listen_on_port(void) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address;
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), on = 1;
+    setsockopt(listener, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
+    if (bind(listener, (struct sockaddr *)&address, size) || listen(listener, 65535) ||
+        getsockname(listener, (struct sockaddr *)&address, &size)) {
+        perror("echo_server");
+        exit(1);
+    }
+    port = ntohs(address.sin_port);
+    return listener;
 }
 
 int main(int count, char **arguments) {
-    const char *names[] = {"echo", "delay", "room", "drop"};
-    for (mode = ECHO; mode <= DROP && (count < 2 || strcmp(names[mode], arguments[1])); mode++)
-        ;
-    argument = count > 2 ? atol(arguments[2]) : 0;
-    if (mode > DROP || argument < 0) {
-        fprintf(stderr, "usage: echo_server echo | delay MS | room MS | drop N\n");
-        return 2;
-    }
-    raise_file_limit();
-    connections = calloc(limit, sizeof *connections);
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof address;
-    int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-    if (!connections || bind(listener, (struct sockaddr *)&address, size) || listen(listener, 65535) ||
-        getsockname(listener, (struct sockaddr *)&address, &size)) {
-        perror("echo_server");
-        return 1;
-    }
+    for (int number = 1; number < count; number++)
+        if (!understand(arguments[number])) {
+            fprintf(stderr, "usage: echo_server [delay=MS] [room=1] [drop=N] [stall=MS] [port=N]\n");
+            return 2;
+        }
+    struct rlimit files; /* whoever starts it has raised the limit */
+    getrlimit(RLIMIT_NOFILE, &files);
+    connections = calloc(files.rlim_cur < 1000000 ? files.rlim_cur : 1000000, sizeof *connections);
+    if (!connections)
+        abort();
+    int listener = listen_on_port();
     poller = epoll_create1(0);
     alarm_clock = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
     watch(listener, EPOLL_CTL_ADD, EPOLLIN);
     watch(alarm_clock, EPOLL_CTL_ADD, EPOLLIN);
     watch(0, EPOLL_CTL_ADD, EPOLLIN);
-    printf("%d\n", ntohs(address.sin_port));
+    printf("%ld\n", port);
     fflush(stdout);
     for (;;) {
         struct epoll_event events[256];
         int ready = epoll_wait(poller, events, 256, -1);
-        for (int number = 0; number < ready; number++) {
-            int file = events[number].data.fd;
-            if (file == listener)
-                on_connection(listener);
-            else if (file == alarm_clock)
-                on_alarm();
-            else if (file == 0)
-                on_question();
-            else if (connections[file]) {
-                if (events[number].events & EPOLLOUT)
-                    on_writable(file);
-                if (events[number].events & ~EPOLLOUT)
-                    on_readable(file);
-            }
-        }
+        if (stall)
+            stand_still();
+        for (int number = 0; number < ready; number++)
+            on_event(listener, events[number]);
     }
 }

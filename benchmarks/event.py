@@ -1,5 +1,4 @@
-"""Prints the processor microseconds that one request event takes, with Locust's own statistics as
-its listener."""
+"""Prints the processor microseconds of one request event, with Locust's statistics listening."""
 
 from __future__ import annotations
 

@@ -1,40 +1,46 @@
-"""Keeps every round trip as it was reported, as Locust's own percentiles are rounded to whole and
-tens of ms.
+"""Keeps every round trip as it was reported, as Locust's own percentiles are rounded.
 
-Loaded beside a script (``locust -f locustfile.py,benchmarks/exact.py``). It counts
-``echo_response`` from the moment that all users are there, and writes at the end to the file
-EXACT_FILE: the number of successes, and their minimum, median, 95th and 99th percentile in ms."""
+Loaded beside a script: ``locust -f locustfile.py,benchmarks/exact.py``. Those of the messages that
+were sent in the EXACT_SECONDS from half a second after all users were there are written at the end
+to the file EXACT_FILE, an array of doubles, in ms.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 from locust import events
 
-round_trips = array("d")
+SETTLING = 0.5  # seconds
+TRIPS = array("d")
+
+
+class Window:
+    """From when to when a message counts."""
+
+    begin = float("inf")
+    end = float("inf")
 
 
 @events.request.add_listener
-def on_request(name: str, response_time: float, exception: Exception | None, **_: Any) -> None:
+def keep(name: str, response_time: float, exception: Exception | None, **_: object) -> None:
     """Keep the time of an echo."""
-    if name == "echo_response" and exception is None:
-        round_trips.append(response_time)
+    sent = perf_counter() - response_time / 1000
+    if name == "echo_response" and exception is None and Window.begin <= sent < Window.end:
+        TRIPS.append(response_time)
 
 
 @events.spawning_complete.add_listener
-def on_spawning_complete(**_: Any) -> None:
-    """Forget what was measured while users were still connecting."""
-    del round_trips[:]
+def begin(**_: object) -> None:
+    """Count from now on."""
+    Window.begin = perf_counter() + SETTLING
+    Window.end = Window.begin + float(os.environ["EXACT_SECONDS"])
 
 
 @events.quitting.add_listener
-def on_quitting(**_: Any) -> None:
+def write(**_: object) -> None:
     """Write the file."""
-    times, count = sorted(round_trips), len(round_trips)
-    ranks = {"min": 0, "median": count // 2, "p95": count * 95 // 100, "p99": count * 99 // 100}
-    figures = {name: times[rank] for name, rank in ranks.items()} if times else {}
-    Path(os.environ["EXACT_FILE"]).write_text(json.dumps({"count": count, **figures}), "utf-8")
+    Path(os.environ["EXACT_FILE"]).write_bytes(TRIPS.tobytes())

@@ -1,95 +1,60 @@
-"""Starts the servers and the load generators of the benchmarks, looks at them from outside, and
-ends them.
+"""Starts the servers and the load generators, looks at them from outside, and ends them.
 
 Messages are counted by the server and processor time by the system, so that no generator is judged
-by its own word."""
+by its own word.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TextIO
 
 import psutil
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-START_LIMIT = 150  # seconds until all users have sent a message; more is a failure
-END_LIMIT = 60  # seconds to end after SIGTERM; then it is killed
-# Of a processor: what others may use during a turn, with the inaccuracy of the system's figures.
-QUIET = 0.2
+START_LIMIT = 180  # seconds until all users have sent a message; more is a failure
+END_LIMIT = 60  # seconds to end after SIGTERM
+MOST_FILES = 100_000  # that any process needs
 
 
 class BenchmarkError(Exception):
     """A measurement is not valid. The text says why."""
 
 
-@dataclass
-class Window:
-    """What happened from one look at a generator and its server to the next."""
-
-    seconds: float
-    lines: float
-    """Messages that the server received."""
-    user: float
-    """Processor seconds of the generator and its children, outside the kernel."""
-    system: float
-    """Processor seconds of the generator and its children in the kernel."""
-    server: float
-    """Processor seconds of the server: if near ``seconds``, the server was the bottleneck."""
-    others: float = 0.0
-    """Processor seconds of whatever else ran on the machine."""
-
-    @property
-    def rate(self) -> float:
-        """Messages a second."""
-        return self.lines / self.seconds
-
-    @property
-    def share(self) -> float:
-        """Share of one processor that the generator used."""
-        return (self.user + self.system) / self.seconds
-
-    @property
-    def cost(self) -> float:
-        """Processor microseconds of the generator for each message."""
-        return (self.user + self.system) / self.lines * 1e6
-
-
 class Bench:
-    """A temporary folder, the compiled programs in it, and all processes. They end with the
-    context, at the latest.
+    """A temporary folder, the compiled server in it, and all processes: they end with the context.
 
     :param quick: short runs with few users, to see that everything works
+    :param writes: whether RESULTS.md is written, and its picture
     """
 
-    def __init__(self, quick: bool) -> None:
-        self.rounds, self.turns = (1, 2) if quick else (3, 7)
-        self._quick = quick
+    def __init__(self, *, quick: bool = False, writes: bool = False) -> None:
+        self.quick = quick
+        self.writes = writes
+        self.most_files = raise_file_limit()
         self._temporary = tempfile.TemporaryDirectory(prefix="benchmarks-")
-        self._folder, self._files = Path(self._temporary.name), 0
+        self._files = 0
         self._processes: list[subprocess.Popen[str]] = []
-        self.client = self._compile("client.c")
-        server = self._compile("echo_server.c")
-        self.server_command = (
-            [server] if server else [sys.executable, str(FOLDER / "echo_server.py")]
-        )
-        self.server_name = (
-            "echo_server.c"
-            if server
-            else "echo_server.py, itself the bottleneck, as no C was compiled"
-        )
+        self.server = str(self.new_path())
+        try:
+            command = ["cc", "-O2", "-o", self.server, str(FOLDER / "echo_server.c")]
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            sys.exit("no echo server: install a C compiler as cc; it is for Linux only")
 
     def __enter__(self) -> Bench:
         return self
@@ -98,33 +63,39 @@ class Bench:
         self.end_all()
         self._temporary.cleanup()
 
-    def scaled(self, users: int) -> int:
-        """Return the number of users, or a tenth of it in a quick run."""
-        return users // 10 if self._quick else users
+    def pick(self, full: int, quick: int) -> int:
+        """Return the number for this kind of run."""
+        return quick if self.quick else full
 
-    def _compile(self, source: str) -> str | None:
-        """Return the path of the compiled program, or None without a compiler, or where there is no
-        epoll."""
-        compiler, program = shutil.which("cc"), str(self._folder / Path(source).stem)
-        command = [compiler or "", "-O2", "-o", program, str(FOLDER / source)]
-        return (
-            program
-            if compiler and subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
-            else None
-        )
-
-    def new_file(self) -> Path:
+    def new_path(self) -> Path:
         """Return a path in the temporary folder that nothing else uses."""
         self._files += 1
-        return self._folder / str(self._files)
+        return Path(self._temporary.name, str(self._files))
 
-    def start(self, command: list[str], **settings: Any) -> subprocess.Popen[str]:
+    def start(
+        self,
+        command: list[str],
+        variables: Mapping[str, str],
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | TextIO = subprocess.DEVNULL,
+    ) -> subprocess.Popen[str]:
         """Start a program as the leader of a process group.
 
-        The group stays in our session: so, if we are killed, the system ends the paused ones, and
-        the others end by themselves, as servers find their standard input closed and generators
-        have a limit of time."""
-        process = subprocess.Popen(command, text=True, cwd=ROOT, process_group=0, **settings)
+        The group stays in our session. So, if we are killed, the system ends the paused ones, and
+        the others end by themselves: servers find their input closed, generators have a limit.
+
+        :param variables: of the environment, besides the ones that there are
+        """
+        process = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=None if stdout == subprocess.PIPE else subprocess.STDOUT,
+            env={**os.environ, **variables},
+            text=True,
+            cwd=ROOT,
+            process_group=0,
+        )
         self._processes.append(process)
         return process
 
@@ -132,6 +103,16 @@ class Bench:
         """Kill everything that was started and still runs."""
         while self._processes:
             kill(self._processes.pop())
+
+
+def raise_file_limit() -> int:
+    """Raise the limit of open files for all that is started; return what it is then."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # over the hard limit, if we may
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, max(most, MOST_FILES)))
+        return MOST_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
 
 
 def free_port() -> str:
@@ -142,55 +123,63 @@ def free_port() -> str:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a program and the rest of its process group."""
-    with contextlib.suppress(
-        ProcessLookupError, PermissionError
-    ):  # macOS says the latter of a group that has ended
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def processor_seconds(pid: int) -> tuple[float, float]:
-    """Return the user and the system seconds of a process and its children, as far as those still
-    run."""
-    user = system = 0.0
-    process = psutil.Process(pid)
-    for each in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = each.cpu_times()
-            user, system = user + times.user, system + times.system
-    return user, system
-
-
 class Server:
-    """An echo server in a process of its own; ``echo_server.c`` describes the modes.
+    """An echo server in a process of its own; ``echo_server.c`` says what behaviours there are."""
 
-    :param python: take ``echo_server.py``, which can do TLS
-    :param environment: variables to set besides the ones that there are
-    """
-
-    def __init__(
-        self, bench: Bench, mode: str, argument: int = 0, python: bool = False, **environment: str
-    ) -> None:
-        program = (
-            [sys.executable, str(FOLDER / "echo_server.py")] if python else bench.server_command
-        )
-        settings: dict[str, Any] = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "env": os.environ | environment,
-        }
-        self.process = bench.start([*program, mode, str(argument)], **settings)
+    def __init__(self, bench: Bench, *behaviour: str) -> None:
+        pipe = subprocess.PIPE
+        self.process = bench.start([bench.server, *behaviour], {}, stdin=pipe, stdout=pipe)
         assert self.process.stdin is not None and self.process.stdout is not None
-        self._questions, self._answers = self.process.stdin, self.process.stdout
+        self._questions = self.process.stdin
+        self._answers = self.process.stdout
         self.port = int(self._answers.readline())
         self.host = f"127.0.0.1:{self.port}"
 
     def counters(self) -> dict[str, float]:
-        """Return accepted, open, active, lines and late_us; ``echo_server.c`` says what they
-        are."""
+        """Return accepted, open, active, lines and late_us, as ``echo_server.c`` says."""
         self._questions.write("\n")
         self._questions.flush()
         return dict(json.loads(self._answers.readline()))
+
+
+class Look(NamedTuple):
+    """What was counted until a moment; or, as a difference of two, in the time between."""
+
+    seconds: float
+    lines: float
+    """Messages that the server received."""
+    user: float
+    """Processor seconds of the generator's processes, outside the kernel."""
+    system: float
+    """Processor seconds of the generator's processes in the kernel."""
+    server: float
+    """Processor seconds of the server."""
+    machine: float
+    """Processor seconds of the whole machine."""
+
+    def since(self, earlier: Look) -> Look:
+        """Return what happened since an earlier look."""
+        return Look(*(now - then for now, then in zip(self, earlier, strict=True)))
+
+    @property
+    def rate(self) -> float:
+        """Messages a second."""
+        return self.lines / self.seconds
+
+    @property
+    def cost(self) -> float:
+        """Processor microseconds of the generator for each message."""
+        return (self.user + self.system) / self.lines * 1e6
+
+    @property
+    def others(self) -> float:
+        """What other processes used, of one processor, where only this generator ran."""
+        return (self.machine - self.user - self.system - self.server) / self.seconds
 
 
 class Generator:
@@ -198,7 +187,7 @@ class Generator:
 
     :param users: how many connections it is going to hold
     :param servers: where to
-    :param environment: variables to set besides the ones that there are
+    :param variables: of the environment, besides the ones that there are
     """
 
     def __init__(
@@ -207,26 +196,25 @@ class Generator:
         users: int,
         servers: list[Server],
         command: list[str],
-        **environment: str,
+        variables: Mapping[str, str],
     ) -> None:
-        self.users, self.servers = users, servers
-        self._output, self._errors = bench.new_file(), bench.new_file()
-        with self._output.open("w") as output, self._errors.open("w") as errors:
-            self.process = bench.start(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-                env=os.environ | environment,
-            )
+        self.users = users
+        self.servers = servers
+        self._output = bench.new_path()
+        with self._output.open("w") as output:
+            self.process = bench.start(command, variables, stdout=output)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the process and all that it has started."""
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children(recursive=True)]
 
     def counted(self, name: str) -> float:
         """Return the sum of a counter over the servers."""
         return sum(server.counters()[name] for server in self.servers)
 
     def wait_until_steady(self) -> None:
-        """Return when all users are connected and have sent a message each, and half a second more
-        has passed."""
+        """Return when all users are connected and as many messages were sent, and a bit later."""
         limit = time.monotonic() + START_LIMIT
         while min(self.counted("open"), self.counted("lines")) < self.users:
             if self.process.poll() is not None or time.monotonic() > limit:
@@ -234,19 +222,22 @@ class Generator:
             time.sleep(0.1)
         time.sleep(0.5)
 
-    def look(self) -> tuple[float, float, float, float, float]:
-        """Return the values of which a Window holds the differences."""
-        served = sum(sum(processor_seconds(server.process.pid)) for server in self.servers)
-        return (
-            time.perf_counter(),
-            self.counted("lines"),
-            *processor_seconds(self.process.pid),
-            served,
+    def look(self) -> Look:
+        """Return what was counted until now."""
+        own = [process.cpu_times() for process in self.processes()]
+        serving = [psutil.Process(server.process.pid).cpu_times() for server in self.servers]
+        machine = psutil.cpu_times()
+        return Look(
+            seconds=time.perf_counter(),
+            lines=self.counted("lines"),
+            user=sum(times.user for times in own),
+            system=sum(times.system for times in own),
+            server=sum(times.user + times.system for times in serving),
+            machine=sum(machine) - machine.idle - machine.iowait,
         )
 
     def pause(self) -> None:
-        """Stop all its processes until ``resume``; after more than its time-out, its requests would
-        fail."""
+        """Stop all its processes until ``resume``; it must not be for longer than a time-out."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -254,35 +245,47 @@ class Generator:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def finish(self) -> str:
-        """End it in an orderly way and return what it printed on its standard output."""
+        """End it in an orderly way; return what it printed."""
         self.process.terminate()
+        return self.wait()
+
+    def wait(self) -> str:
+        """Wait until it has ended; return what it printed."""
         try:
             self.process.wait(END_LIMIT)
         except subprocess.TimeoutExpired:
-            raise self.error("it did not end after SIGTERM") from None
+            raise self.error("it did not end") from None
         finally:
             kill(self.process)
         return self._output.read_text()
 
-    def check(self, echoed: int) -> None:
-        """Raise BenchmarkError unless the servers received as many messages as it has counted
-        echoes."""
-        received = self.counted("lines")
-        # What is in flight at the end is received and not counted: at most one message of each
-        # user.
-        if not 0 <= received - echoed <= self.users:
-            raise self.error(f"{echoed} echoes counted, {received:.0f} messages received")
+    def finish_clean(self) -> None:
+        """End it; raise BenchmarkError where it tells of failures."""
+        self.finish()
+
+    def percentiles(self) -> dict[int, float]:
+        """Return percentiles of the round trips that it reports, in ms, after its end."""
+        trips = sorted(self.round_trips())
+        if not trips:
+            raise self.error("it has reported no round trips")
+        return {share: trips[(len(trips) - 1) * share // 100] for share in (0, 50, 75, 99)}
+
+    def round_trips(self) -> Sequence[float]:
+        """Return all of these round trips."""
+        raise NotImplementedError
 
     def error(self, text: str) -> BenchmarkError:
-        """Return an error with the last lines of the generator's own messages."""
-        return BenchmarkError(" ".join([text, *self._errors.read_text().split()[-30:]]))
+        """Return an error with the last words that the generator itself has printed."""
+        return BenchmarkError(" ".join([text, *self._output.read_text().split()[-30:]]))
 
 
 class Locust(Generator):
-    """Locust without web UI, with one of our scripts, or several joined by commas.
+    """Locust without web UI.
 
-    :param rate: users to start a second
+    :param options: of Locust
+    :param scripts: what it runs, separated by commas
     :param limit: seconds after which it ends even if nobody ends it
+    :param exact_seconds: how long to keep every round trip, as ``exact.py`` says
     """
 
     def __init__(
@@ -290,125 +293,73 @@ class Locust(Generator):
         bench: Bench,
         users: int,
         servers: list[Server],
-        scripts: str,
         *options: str,
-        rate: float,
+        scripts: str = "locustfile.py",
         limit: float = 300,
-        **environment: str,
+        exact_seconds: float = 0,
     ) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "locust",
-            "--headless",
-            "--json",
-            "--skip-log-setup",
-            "--only-summary",
-        ]
-        numbers = ["--users", str(users), "--spawn-rate", str(rate), "--run-time", f"{limit:.0f}s"]
-        super().__init__(
-            bench, users, servers, [*command, "-f", scripts, *numbers, *options], **environment
-        )
+        self._trips = bench.new_path()
+        variables = {"EXACT_FILE": str(self._trips), "EXACT_SECONDS": str(exact_seconds)}
+        if exact_seconds:
+            scripts += ",benchmarks/exact.py"
+        command = [sys.executable, "-m", "locust", "-f", scripts, "--headless", "--json"]
+        command += ["--skip-log-setup", "--only-summary", "--host", servers[0].host]
+        command += ["--users", str(users), "--spawn-rate", str(min(users, 1000))]
+        command += ["--run-time", f"{limit:.0f}s", *options]
+        super().__init__(bench, users, servers, command, variables)
 
-    def finish_statistics(self) -> dict[str, dict[str, Any]]:
+    def finish_statistics(self) -> dict[str, dict[str, float]]:
         """End it and return its statistics: the entries of ``--json`` by their names."""
-        output = "\n" + self.finish()
-        try:
-            # Each worker process prints an empty list, on one line.
-            entries, _ = json.JSONDecoder().raw_decode(output[output.index("\n[\n") + 1 :])
-            return {entry["name"]: entry for entry in entries}
-        except ValueError:
-            raise self.error("it printed no statistics") from None
+        output = self.finish()
+        # Worker processes print lists, too, of what they have not told their master.
+        lists = [json.loads(text) for text in re.findall(r"^\[\n.*?^\]", output, re.M | re.S)]
+        entries = max(lists, key=lambda each: sum(entry["num_requests"] for entry in each))
+        return {entry["name"]: entry for entry in entries}
 
     def finish_clean(self) -> None:
-        """End it; raise BenchmarkError if a request failed, or if the servers received other
-        messages."""
-        entries = self.finish_statistics()
-        if failures := {
-            name: entry["num_failures"] for name, entry in entries.items() if entry["num_failures"]
-        }:
-            raise self.error(f"requests failed: {failures}")
-        self.check(entries["echo_response"]["num_requests"])
+        """End it; raise BenchmarkError if a request failed."""
+        for name, entry in self.finish_statistics().items():
+            if entry["num_failures"]:
+                raise self.error(f"{entry['num_failures']} requests {name} failed")
+
+    def round_trips(self) -> Sequence[float]:
+        """Return the round trips that ``exact.py`` has kept."""
+        trips = array("d")
+        trips.frombytes(self._trips.read_bytes())
+        return trips
 
 
-def watch(generators: Mapping[str, Generator], seconds: float) -> dict[str, Window]:
-    """Return what each generator does in the next seconds."""
-    busy, before = (
-        busy_seconds(),
-        {name: generator.look() for name, generator in generators.items()},
-    )
+def watch(generator: Generator, seconds: float) -> Look:
+    """Return what a generator does in the next seconds."""
+    before = generator.look()
     time.sleep(seconds)
-    after = {name: generator.look() for name, generator in generators.items()}
-    windows = {
-        name: Window(*(now - then for now, then in zip(after[name], before[name], strict=True)))
-        for name in generators
-    }
-    others = (
-        busy_seconds()
-        - busy
-        - sum(each.user + each.system + each.server for each in windows.values())
-    )
-    for window in windows.values():
-        window.others = others
-    return windows
+    return generator.look().since(before)
 
 
 def watch_in_turn(
     generators: Mapping[str, Generator], turns: int, seconds: float
-) -> dict[str, list[Window]]:
-    """Let one generator after the other run alone while the rest is paused; return what each did in
-    each turn.
+) -> list[dict[str, Look]]:
+    """Let one generator at a time run, the rest paused; return what each did, round by round.
 
     The speed of a shared machine changes within seconds, by more than what is to be measured. Turns
-    as short as these meet it alike; runs one after the other do not. Rounds that other processes
-    disturb are repeated, up to twice as many as wanted, and the least disturbed ones count."""
+    as short as these meet it alike; runs one after the other do not.
+    """
     for generator in generators.values():
         generator.wait_until_steady()
     for generator in generators.values():
         generator.pause()
-    rounds: list[dict[str, Window]] = []
-    while (
-        len(rounds) < 2 * turns
-        and sum(disturbance(windows.values()) < QUIET for windows in rounds) < turns
-    ):
-        rounds.append({})
-        for name, generator in generators.items():
-            generator.resume()
-            time.sleep(seconds / 5)  # for what has come in the meantime
-            rounds[-1] |= watch({name: generator}, seconds)
-            generator.pause()
+    rounds = []
+    for _ in range(turns):
+        rounds.append({name: take_turn(each, seconds) for name, each in generators.items()})
     for generator in generators.values():
         generator.resume()
-    rounds.sort(key=lambda windows: disturbance(windows.values()))
-    return {name: [windows[name] for windows in rounds[:turns]] for name in generators}
+    return rounds
 
 
-def disturbance(windows: Iterable[Window]) -> float:
-    """Return the most of a processor that other processes used in one of the windows."""
-    return max(window.others / window.seconds for window in windows)
-
-
-def busy_seconds() -> float:
-    """Return the processor seconds that the whole machine has been busy."""
-    times = psutil.cpu_times()
-    return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq"))
-
-
-def holdings(generator: Generator) -> tuple[float, float, float]:
-    """Return the resident MB, open files and TCP sockets of a generator: the most of some looks
-    within three seconds, as connections come and go."""
-    process, looks = psutil.Process(generator.process.pid), []
-    for _ in range(11):
-        resident = process.memory_info().rss / 1e6
-        looks.append((resident, process.num_fds(), len(process.net_connections("tcp"))))
-        time.sleep(0.3)
-    memory, files, sockets = map(max, zip(*looks, strict=True))
-    return memory, files, sockets
-
-
-def exact_figures(file: Path) -> dict[str, float]:
-    """Return what ``exact.py`` has written."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError):
-        raise BenchmarkError("exact.py has written nothing") from None
+def take_turn(generator: Generator, seconds: float) -> Look:
+    """Let a paused generator run for so many seconds; return what it did."""
+    generator.resume()
+    time.sleep(seconds / 5)  # for what has come in the meantime
+    window = watch(generator, seconds)
+    generator.pause()
+    return window

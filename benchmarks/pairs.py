@@ -127,9 +127,9 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=100)
     parser.add_argument("--slices", type=int, default=60)
     options = parser.parse_args()
-    with Bench(quick=False) as bench:
+    with Bench() as bench:
         first, second = (
-            Side(path, Server(bench, "echo").host, options.users)
+            Side(path, Server(bench).host, options.users)
             for path in (options.first, options.second)
         )
         compare(first, second, options.slices)

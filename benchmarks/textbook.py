@@ -1,31 +1,28 @@
-"""The Locust script for TCP as it is pasted from documentation and forums: the one that
-locustfile.py is compared with.
+"""The Locust script for TCP as it is pasted from documentation and forums, without a pause.
 
-It sends the same texts in the same mix. TEXTBOOK_WAIT is the pause in seconds between two messages,
-``2`` or ``0.5-2``."""
+It is what locustfile.py is compared with, and sends the same texts in the same mix.
+"""
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import sys
 import time
 from pathlib import Path
 
-from locust import User, between, task
+from locust import User, constant, task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from texts import read_texts
 
-WAITS = [float(seconds) for seconds in os.environ.get("TEXTBOOK_WAIT", "0").split("-")]
 SHORT_TEXTS, LONG_TEXTS, VERY_LONG_TEXTS = read_texts().values()
 
 
 class TextbookUser(User):
     """A user with a blocking socket."""
 
-    wait_time = between(WAITS[0], WAITS[-1])
+    wait_time = constant(0)
 
     def on_start(self) -> None:
         """Connect."""

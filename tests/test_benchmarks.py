@@ -1,4 +1,4 @@
-"""The benchmarks run and print their table. What they measure is not judged: machines are noisy."""
+"""The benchmarks' commands run and print rows. What they measure is not judged: machines differ."""
 
 from __future__ import annotations
 
@@ -7,17 +7,55 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from programs import ROOT, Program
+from programs import PATH, ROOT, Program, program
 
 Start = Callable[..., Program]
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the echo server is for Linux")
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read Linux's own figures")
-def test_a_quick_comparison_prints_a_row_for_each_figure(start: Start) -> None:
-    readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert ".venv/bin/python benchmarks/run.py --quick" in readme
-    running = start(sys.executable, "benchmarks/run.py", "--quick", "--only", "share")
-    assert running.ends(280) == 0
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", running.output, re.MULTILINE)
-    assert len(rows) == 3
-    assert 1 <= int(rows[2][1].removesuffix("%")) <= 100  # Locust's share of the processor time
+README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+COMMANDS: list[str] = re.findall(r"^    \.venv/bin/(python benchmarks/run\.py.*?)  ", README, re.M)
+NAMES = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+
+
+def command_with(word: str) -> str:
+    """Return the one command of the README that has this word in it."""
+    (command,) = [command for command in COMMANDS if word in command]
+    return command
+
+
+def run(start: Start, command: str) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and what it printed."""
+    program("cc")
+    running = start("bash", "-c", command, PATH=PATH)
+    return running.ends(), running.output
+
+
+def figure(text: str, before: str) -> float:
+    """Return the number that follows after a text."""
+    match = re.search(re.escape(before) + r"([\d.]+)", text)
+    assert match is not None, text
+    return float(match[1])
+
+
+def test_each_comparison_of_the_readme_and_no_other_can_be_asked_for(start: Start) -> None:
+    code, output = run(start, f"{COMMANDS[0]} --only nothing")
+    assert code == 2
+    choices = re.search(r"choose from (.*)\)", output)
+    assert choices is not None
+    assert re.findall(r"\w+", choices[1]) == NAMES
+
+
+def test_figures_of_a_trial_are_not_written(start: Start) -> None:
+    code, output = run(start, f"{command_with('--write')} --quick")
+    assert code == 2
+    assert "leave out --write" in output
+
+
+def test_comparisons_print_their_rows(start: Start) -> None:
+    code, output = run(start, f"{command_with('--only stall delivery')} --quick")
+    assert code == 0, output
+    (stall,) = re.findall(r"^\| `stall` .*$", output, re.MULTILINE)
+    (delivery,) = re.findall(r"^\| `delivery` .*$", output, re.MULTILINE)
+    assert figure(stall, "closed loop ") < 0.5 < figure(stall, "**")  # seconds
+    assert figure(delivery, "with it ") > 0
