@@ -838,8 +838,10 @@ class Inbox:
         try:
             while self._messages:
                 self._handle(*self._next())
-        finally:
             self._is_handling = False
+        except BaseException:  # the user's code has ended this greenlet: another goes on
+            HELPERS.do(self._handle_all)
+            raise
 
 
 class Watcher(Protocol):
@@ -1260,6 +1262,7 @@ class TCPSocketClient:
         self._message_numbers = itertools.count(1)
         self._back_off = BackOff()
         self._backlog = Backlog()
+        self._unreported = 0  # reports that helpers have still to make
         self._connection: Connection | None = None
         self._attempt: Attempt | None = None
         # The greenlets in ``on_connect`` and ``on_message``, whose messages go over one connection
@@ -1419,14 +1422,21 @@ class TCPSocketClient:
         return "send_chat", exchange.name or "echo_response"
 
     def _report_apart(self, exchange: Exchange) -> None:
-        """Let a helper report, as no greenlet waits for the end, and a listener may block."""
-        HELPERS.do(functools.partial(self._report_unawaited, exchange))
+        """Report an exchange that has ended, where no greenlet waits for its end."""
+        self._do_apart(self._report, exchange)
 
-    def _report_unawaited(self, exchange: Exchange) -> None:
+    def _do_apart(self, report: Callable[..., object], *arguments: object) -> None:
+        """Let a helper make a report: a listener may block, and so must not be on the loop."""
+        self._unreported += 1
+        HELPERS.do(functools.partial(self._make_report, report, *arguments))
+
+    def _make_report(self, report: Callable[..., object], *arguments: object) -> None:
         try:
-            self._report(exchange)
-        except Exception as error:  # of the user's ``is_refusal``
+            report(*arguments)
+        except (Exception, gevent.Timeout) as error:  # of a listener, or of ``is_refusal``
             self._report_error(error)
+        finally:
+            self._unreported -= 1
 
     def _fire_failure(
         self, exchange: Exchange, name: str, seconds: float, size: int, error: Exception
@@ -1476,10 +1486,11 @@ class TCPSocketClient:
             self._connection.end(None)
 
     def wait_for_echoes(self, seconds: float) -> None:
-        """Wait until nothing is in flight any more, at most so many seconds."""
+        """Wait until nothing is in flight and all is reported, at most so many seconds."""
         limit = perf_counter() + seconds
         while perf_counter() < limit:
-            if self._connection is None or not self._connection.is_awaited:
+            is_awaited = self._connection is not None and self._connection.is_awaited
+            if not is_awaited and self._unreported == 0:
                 return
             gevent.sleep(0.01)  # a run stops only once: nothing is gained by being told
 
@@ -1581,7 +1592,7 @@ class TCPSocketClient:
             self._back_off.reset()
         self._back_off.put_off()
         if not is_told:
-            HELPERS.do(functools.partial(self._fire, "disconnect", 0.0, 0, error))
+            self._do_apart(self._fire, "disconnect", 0.0, 0, error)
 
 
 class FaultyClient(TCPSocketClient):
@@ -1773,7 +1784,8 @@ class TCPChatUser(User):
     def on_message(self, payload: bytes, arrived: float) -> None:
         """Take a message that no exchange awaits: a broadcast, a banner, a server's ``PING``.
 
-        Called in order, in a greenlet: it may send, wait and block.
+        Called in order, in a greenlet: it may send, wait and block. A ``gevent.Timeout`` that it
+        starts, it has to close: the greenlet takes the messages of other users next.
 
         :param arrived: ``time.perf_counter()`` when its last byte was read
         """

@@ -30,6 +30,8 @@ One line sums up at the end of a run: arrived, lost, repeated, out of order, and
 is how many of those that had to arrive have arrived. The exit code is Locust's: 1 where any
 request failed, so where any delivery was lost, repeated or out of order; 0 also where none came.
 
+An ``on_message`` of your own that blocks for longer than the time-out makes late ones look lost.
+
 A server that sends to the others only wants ``--chat-echo=none``; in mode ``any``, messages are not
 stamped and nothing is counted.
 
@@ -174,7 +176,7 @@ class Ledger:
         self.since = perf_counter()  # what was sent earlier is history
         self._since_ticks = int(self.since * TICKS)
         self._older = dict(LATEST_HEARD)  # the same, by the clocks of other machines
-        self._series: dict[bytes, Series] = {}  # those heard of first come first
+        self._series: dict[bytes, Series] = {}  # the last to be heard comes last
         # Gaps: what is missing, and the time since when; the oldest come first.
         self.missing: dict[tuple[Series, int], float] = {}
         self._lost: dict[tuple[Series, int], None] = {}
@@ -204,7 +206,8 @@ class Ledger:
 
         :param arrived: None where it is not known when it came among the others
         """
-        series = self._series.get(sender) or self._begin_series(sender, number)
+        series = self._series.pop(sender, None) or self._begin_series(number)
+        self._series[sender] = series
         if arrived is None:
             self.missing.pop((series, number), None)
             remember(self._taken, (series, number))
@@ -224,13 +227,11 @@ class Ledger:
         series.first = number
         return Outcome.REORDERED
 
-    def _begin_series(self, sender: bytes, number: int) -> Series:
-        """Begin the account of a sender at this number, and forget the first where it has many."""
+    def _begin_series(self, number: int) -> Series:
+        """Begin an account at this number; where there are many, forget the longest silent one."""
         if len(self._series) >= SENDERS_KEPT:
             del self._series[next(iter(self._series))]
-        series = Series(number)
-        self._series[sender] = series
-        return series
+        return Series(number)
 
     def _open_gap(self, series: Series, start: int, end: int, since: float) -> None:
         """Note that the numbers from start to before end have not come."""
