@@ -15,7 +15,7 @@ from locust.event import EventHook
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from programs import Program
-from rows import Rows
+from rows import Rows, Run
 from servers import Handler, Server
 
 from locustfile import TCPSocketClient
@@ -69,6 +69,20 @@ def connect(rows: Rows, request_event: EventHook) -> Iterator[Callable[..., TCPS
     yield make
     for client in clients:
         client.close()
+
+
+@pytest.fixture
+def run_users() -> Iterator[Callable[..., Run]]:
+    """Return a function that starts users of a class; they are stopped after the test."""
+    runs: list[Run] = []
+
+    def begin(*arguments: Any, **keywords: Any) -> Run:
+        runs.append(Run(*arguments, **keywords))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.runner.quit()
 
 
 @pytest.fixture

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
-import locust  # isort: skip  # replaces blocking calls with gevent's
+import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gevent
 import gevent.os
 import pytest
+from servers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCUST = (Path(sys.executable).with_name("locust"),)
 # For commands of the documents: "locust" is this one.
 PATH = f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"
 STANDALONE = (sys.executable, ROOT / "locustfile.py")
-VERSION = locust.__version__
+# Files for ``-f``, beside that of the users. One fires three rows of known times at the start of
+# a run; with the other, workers report to their master 15 times as often as usual.
+FIXED_ROWS = """
+from locust import events
+
+@events.test_start.add_listener
+def fire(environment, **_):
+    for milliseconds in (0.123, 0.456, 0.789):
+        environment.events.request.fire(
+            request_type="TCP",
+            name="fixed",
+            response_time=milliseconds,
+            response_length=1,
+            exception=None,
+            context={},
+        )
+"""
+FREQUENT_REPORTS = """
+from locust import runners
+
+runners.WORKER_REPORT_INTERVAL = 0.2
+"""
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -48,12 +75,36 @@ def environment_variables(**variables: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **variables}
 
 
-def rows_of(output: str) -> dict[str, tuple[int, int]]:
-    """Return requests and failures by name, out of the last table that Locust printed."""
+class Counts(NamedTuple):
+    """What a table says of a row."""
+
+    requests: int
+    failures: int
+
+    @property
+    def successes(self) -> int:
+        """How many requests have succeeded."""
+        return self.requests - self.failures
+
+
+def counts_in(text: str) -> dict[str, Counts]:
+    """Return the counts of each row by its name; the last ones where a row stands there again."""
+    counts = {}
+    for name, requests, failures in re.findall(r"^TCP +(\w+) +(\d+) +(\d+)\(", text, re.MULTILINE):
+        counts[name] = Counts(int(requests), int(failures))
+    return counts
+
+
+def rows_of(output: str) -> dict[str, Counts]:
+    """Return the counts of each row, out of the table that Locust prints at the end."""
     end = output.index("Response time percentiles")
-    table = output[output.rindex("Type     Name", 0, end) :]
-    found = re.findall(r"^TCP +(\w+) +(\d+) +(\d+)\(", table, re.MULTILINE)
-    return {name: (int(requests), int(failures)) for name, requests, failures in found}
+    start = output.rindex("Type     Name", 0, end)
+    return counts_in(output[start:end])
+
+
+def latest_counts(running: Program, name: str) -> Counts:
+    """Return the counts of a row in the latest table that a run has printed so far."""
+    return counts_in(running.output).get(name, Counts(0, 0))
 
 
 def quiet(output: str) -> bool:
@@ -98,9 +149,55 @@ class Program:
         assert self._reader.ready(), f"still running: {self.output}"
         return self.process.wait()
 
+    def stop(self) -> int:
+        """End the program in good order; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.ends()
+
     def kill(self) -> None:
         """Kill the program and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, 9)
             self.process.wait()
         self._reader.kill()
+
+
+def bus_options() -> tuple[str, ...]:
+    """Return the options that give a master and its workers a port of their own to speak over."""
+    port = free_port()
+    return f"--master-bind-port={port}", f"--master-port={port}"
+
+
+class WebUI:
+    """The web UI of a run, spoken to as its pages do; ``options`` let Locust serve it."""
+
+    def __init__(self) -> None:
+        port = free_port()
+        self.options = ("--web-host=127.0.0.1", f"--web-port={port}")
+        self.address = f"http://127.0.0.1:{port}"
+
+    def swarm(self, **form: str) -> None:
+        """Send the form that starts a run, as soon as somebody takes it."""
+        fields = {"user_count": "2", "spawn_rate": "9", **form}
+        data = urllib.parse.urlencode(fields).encode()
+        wait_until(lambda: self._asked("swarm", data).get("success"))
+
+    def stop(self) -> None:
+        """End the run; the web UI stays."""
+        wait_until(lambda: self._asked("stop", b"").get("success"))
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the page of statistics shows; nothing while there is none."""
+        return self._asked("stats/requests")
+
+    def has_echoes(self) -> bool:
+        """Return whether the statistics have a row ``echo_response``."""
+        return any(row["name"] == "echo_response" for row in self.statistics().get("stats", ()))
+
+    def _asked(self, path: str, data: bytes | None = None) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(f"{self.address}/{path}", data, 60) as response:
+                answer: dict[str, Any] = json.load(response)
+                return answer
+        except OSError:  # nobody listens yet
+            return {}

@@ -1,9 +1,17 @@
-"""The request events that a test has seen."""
+"""The request events that a test has seen, and runs of users within a test."""
 
 from __future__ import annotations
 
+import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
+
+from argparse import Namespace
 from collections import Counter
 from typing import Any
+
+from locust import User
+from locust.env import Environment
+from locust.event import Events
+from locust.stats import StatsEntry
 
 
 class Rows(list[dict[str, Any]]):
@@ -24,3 +32,47 @@ def outcome(row: dict[str, Any]) -> str:
     if row["exception"] is None:
         return name
     return f"{name}: {type(row['exception']).__name__}"
+
+
+class Run:
+    """A Locust run of one user class, in the process of the test.
+
+    :param options: of ``locustfile.py``, as text, as the command line has them
+    """
+
+    def __init__(
+        self,
+        user_class: type[User],
+        host: str,
+        users: int = 1,
+        stop_timeout: float | None = None,
+        **options: str,
+    ) -> None:
+        # A class of its own, as Locust writes the host into it.
+        copied_class = type(user_class.__name__, (user_class,), {})
+        self.environment = Environment(
+            user_classes=[copied_class],
+            host=host,
+            events=Events(),
+            parsed_options=Namespace(stop_timeout=0.0, **options),
+            stop_timeout=stop_timeout,
+        )
+        self.rows = Rows()
+        self.environment.events.request.add_listener(lambda **row: self.rows.append(row))
+        self.runner = self.environment.create_local_runner()
+        self.runner.start(users, spawn_rate=users)
+
+    def row(self, name: str) -> StatsEntry:
+        """Return the statistics of the request events of that name."""
+        return self.environment.stats.get(name, "TCP")
+
+    def count(self, name: str) -> int:
+        """Return the number of request events of that name."""
+        return self.row(name).num_requests
+
+    @property
+    def errors(self) -> set[str]:
+        """The failures, each once, as ``name: error``."""
+        return {
+            f"{error.name}: {error.error!r}" for error in self.environment.stats.errors.values()
+        }

@@ -34,7 +34,6 @@ class Server:
 
     def __init__(self, handler: Handler, port: int = 0) -> None:
         self.opened = self.open = 0
-        self.received: list[bytes] = []
         self._connections: set[socket.socket] = set()
 
         def handle(connection: socket.socket, _address: object) -> None:
@@ -71,6 +70,85 @@ def echo(connection: socket.socket) -> None:
         connection.sendall(data)
 
 
+class Answers:
+    """A handler that keeps the lines that it receives, and answers each as a function says."""
+
+    def __init__(self, answer: Callable[[bytes], bytes]) -> None:
+        self.received: list[bytes] = []
+        self._answer = answer
+
+    def __call__(self, connection: socket.socket) -> None:
+        """Serve a connection until its client is gone."""
+        for line in lines(connection):
+            self.received.append(line)
+            connection.sendall(self._answer(line))
+
+
+def with_the_line(line: bytes) -> bytes:
+    """Answer a line with itself."""
+    return line + b"\n"
+
+
+def with_nothing(line: bytes) -> bytes:
+    """Do not answer a line."""
+    return b""
+
+
+def in_turn(*texts: bytes) -> Callable[[bytes], bytes]:
+    """Return a function that answers each line with the next of the texts, over and over."""
+    coming = itertools.cycle(texts)
+    return lambda line: next(coming)
+
+
+def greets(text: bytes) -> Handler:
+    """Return a handler that says something first, and then sends every byte back."""
+
+    def handler(connection: socket.socket) -> None:
+        connection.sendall(text)
+        echo(connection)
+
+    return handler
+
+
+def says(text: bytes) -> Handler:
+    """Return a handler that says something, and hangs up."""
+    return lambda connection: connection.sendall(text)
+
+
+def after(count: int, ending: Handler) -> Handler:
+    """Return a handler that reads so many lines, and then does what another one does."""
+
+    def handler(connection: socket.socket) -> None:
+        arriving = lines(connection)
+        for _ in range(count):
+            next(arriving)
+        ending(connection)
+
+    return handler
+
+
+def echo_bytewise(pause: float) -> Handler:
+    """Return a handler that sends every line back, a byte at a time, with a pause after each."""
+
+    def handler(connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for line in lines(connection):
+            for byte in line + b"\n":
+                connection.sendall(bytes([byte]))
+                gevent.sleep(pause)
+
+    return handler
+
+
+def echo_once(connection: socket.socket) -> None:
+    """Send one line back, and hang up."""
+    connection.sendall(next(lines(connection)) + b"\n")
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close the connection at once."""
+
+
 def echo_after(seconds: float) -> Handler:
     """Return a handler that sends every line back after a pause."""
 
@@ -91,16 +169,6 @@ def silent(connection: socket.socket) -> None:
 def deaf(connection: socket.socket) -> None:
     """Neither read nor answer, until the test ends."""
     gevent.sleep(600)
-
-
-def answers(*texts: bytes) -> Handler:
-    """Return a handler that answers each line with the next of the texts, over and over."""
-
-    def handler(connection: socket.socket) -> None:
-        for _, text in zip(lines(connection), itertools.cycle(texts), strict=False):
-            connection.sendall(text)
-
-    return handler
 
 
 def reset(connection: socket.socket) -> None:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
-import json
 import re
 import shlex
-import signal
 import socket
 import struct
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +18,7 @@ import pytest
 from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.event import Events
-from programs import LOCUST, ROOT, Program, wait_until
+from programs import LOCUST, ROOT, Program, WebUI, bus_options, wait_until
 from rows import Rows
 from servers import Server, echo, free_port, lines
 
@@ -78,8 +73,7 @@ def documented(more_files: str) -> list[str]:
 
 def end(running: Program) -> int:
     """End the run, and return the exit code."""
-    running.process.send_signal(signal.SIGTERM)
-    code = running.ends()
+    code = running.stop()
     assert "Traceback" not in running.output
     return code
 
@@ -221,12 +215,9 @@ def test_a_canary_that_got_no_echo_fails_the_run_and_says_so_once(
     start: Start, serve: Serve
 ) -> None:
     server = serve(lambda connection: [None for _ in lines(connection)])
-    bus = free_port()
-    options = (
-        f"--headless --users=3 --spawn-rate=9 --run-time=1s --chat-timeout=60 "
-        f"--processes=1 --master-bind-port={bus} --master-port={bus}"
-    )
-    running = start(*LOCUST, *PLUGIN, f"--host={server.address}", *options.split())
+    options = "--headless --users=3 --spawn-rate=9 --run-time=1s --chat-timeout=60 --processes=1"
+    host = f"--host={server.address}"
+    running = start(*LOCUST, *PLUGIN, host, *options.split(), *bus_options())
     assert running.ends() == 1
     assert running.output.count("locust: the canary failed: no echo came\n") == 1
 
@@ -242,25 +233,23 @@ def test_a_worker_gets_the_plugin_from_its_master(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
     server = serve(echo)
-    bus = free_port()
+    bus = bus_options()
     files = ("-f", "locustfile.py,plugins/abnormal_clients.py", "Canary", "AbnormalClient")
     users = f"--headless --expect-workers=1 --users=4 --spawn-rate=4 --host={server.address}"
-    master = start(*LOCUST, *files, "--master", f"--master-bind-port={bus}", *users.split())
-    worker = start(*LOCUST, "-f", "-", "--worker", f"--master-port={bus}", cwd=tmp_path)
+    master = start(*LOCUST, *files, "--master", *bus, *users.split())
+    worker = start(*LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
     master.prints('All users spawned: {"AbnormalClient": 3, "Canary": 1')
     wait_until(lambda: kinds_in(master.output) and "TCP      echo_response" in master.output)
     assert end(master) == 0
     assert worker.ends() == 0
 
 
-@pytest.mark.parametrize("processes", ["", "--processes=2"])
+@pytest.mark.parametrize("processes", [(), ("--processes=2", *bus_options())])
 def test_a_server_with_tls_is_refused_at_the_start_in_one_line(
-    start: Start, processes: str
+    start: Start, processes: tuple[str, ...]
 ) -> None:
-    bus = free_port()
-    ports = f"--master-bind-port={bus} --master-port={bus}" if processes else ""
-    options = f"--headless --users=2 --host=tls://localhost:1 {processes} {ports}"
-    running = start(*LOCUST, *PLUGIN, *options.split())
+    options = "--headless --users=2 --host=tls://localhost:1"
+    running = start(*LOCUST, *PLUGIN, *options.split(), *processes)
     assert running.ends() == 1
     said = [line for line in running.output.splitlines() if "INFO" not in line]
     assert said == [f"locust: error: {NO_TLS}"]
@@ -269,32 +258,17 @@ def test_a_server_with_tls_is_refused_at_the_start_in_one_line(
 def test_a_server_with_tls_typed_into_the_web_ui_is_a_failed_row_that_says_it(
     start: Start,
 ) -> None:
-    port = free_port()
-    page = f"http://127.0.0.1:{port}"
-    running = start(*LOCUST, *PLUGIN, "--web-host=127.0.0.1", f"--web-port={port}")
-    running.prints("Starting web interface at")
-    form = {"user_count": 3, "spawn_rate": 9, "host": "tls://localhost:1", "chat_wait": "0.1"}
-    wait_until(lambda: post(f"{page}/swarm", form))
-    wait_until(lambda: NO_TLS in get(f"{page}/stats/requests"))
-    failed = json.loads(get(f"{page}/stats/requests"))["errors"]
-    assert {error["method"] for error in failed if NO_TLS in error["error"]} == {"ABUSE"}
+    web_ui = WebUI()
+    running = start(*LOCUST, *PLUGIN, *web_ui.options)
+    web_ui.swarm(user_count="3", host="tls://localhost:1", chat_wait="0.1")
+
+    def failed() -> set[str]:
+        errors = web_ui.statistics()["errors"]
+        return {error["method"] for error in errors if NO_TLS in error["error"]}
+
+    wait_until(failed)
+    assert failed() == {"ABUSE"}
     assert end(running) == 1
-
-
-def get(address: str) -> str:
-    """Return a page of the web UI."""
-    with urllib.request.urlopen(address) as answer:
-        return str(answer.read().decode())
-
-
-def post(address: str, form: dict[str, object]) -> bool:
-    """Fill in a form of the web UI; return whether it was taken."""
-    data = urllib.parse.urlencode(form).encode()
-    try:
-        with urllib.request.urlopen(address, data) as answer:
-            return bool(json.load(answer)["success"])
-    except urllib.error.URLError:  # it does not listen yet
-        return False
 
 
 # ------------------------------------------------------------------------------------ single users

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from programs import PATH, ROOT, Program, program
+from programs import LOCUST, PATH, ROOT, Program, program
 
 Start = Callable[..., Program]
 
@@ -59,3 +62,32 @@ def test_comparisons_print_their_rows(start: Start) -> None:
     (delivery,) = re.findall(r"^\| `delivery` .*$", output, re.MULTILINE)
     assert figure(stall, "closed loop ") < 0.5 < figure(stall, "**")  # seconds
     assert figure(delivery, "with it ") > 0
+
+
+def test_a_comparison_whose_program_is_missing_fails_and_says_what_to_install(
+    start: Start, tmp_path: Path
+) -> None:
+    for name in ("bash", "cc", "as", "ld"):
+        (tmp_path / name).symlink_to(program(name))
+    path = f"{LOCUST[0].parent}{os.pathsep}{tmp_path}"
+    running = start(program("bash"), "-c", f"{COMMANDS[0]} --quick --only peers", PATH=path)
+    assert running.ends() == 1
+    assert "Tsung is not on this machine: apt install tsung" in running.output
+    assert "failed: peers" in running.output
+
+
+@pytest.mark.parametrize(("kept", "processors"), [(True, "2"), (False, "3")])
+def test_older_rows_stay_only_under_the_conditions_they_were_measured_in(
+    kept: bool, processors: str, start: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "benchmarks"
+    shutil.copytree(ROOT / "benchmarks", folder)
+    results = folder / "RESULTS.md"
+    results.unlink(missing_ok=True)
+    write = "import os, table; os.cpu_count = lambda: {}; table.write({!r}, ['old', 'new'])"
+    for count, name in (("2", "old"), (processors, "new")):
+        code = write.format(count, {name: [f"| `{name}` | row |"]})
+        assert start(sys.executable, "-c", code, PYTHONPATH=str(folder)).ends() == 0
+    text = results.read_text(encoding="utf-8")
+    assert ("| `old` |" in text) is kept
+    assert "| `new` |" in text

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
-import ast
 import re
 import shlex
-import signal
 import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gevent
 import pytest
+from locust.argument_parser import get_parser
 from locust.env import Environment
-from programs import LOCUST, ROOT, Program, wait_until
-from servers import Handler, Server, echo, free_port, lines
+from programs import FREQUENT_REPORTS, LOCUST, ROOT, Program, WebUI, bus_options, wait_until
+from servers import Handler, Server, echo, lines
 
 import locustfile
 
 sys.path.insert(0, str(ROOT / "plugins"))
 
+import delivery
 import find_capacity
 from find_capacity import Clock, Limits, Look, Search, Step
 
@@ -128,7 +126,7 @@ def test_failures_of_every_row_break_a_step(rows: Rows, name: str) -> None:
 def test_lost_deliveries_break_a_step_and_good_ones_hide_no_failure(rows: Rows) -> None:
     rows.fire("echo_response", 1000)
     rows.fire("delivery", 98)
-    rows.fire("delivery", 2, ValueError("lost"))
+    rows.fire("delivery", 2, delivery.DeliveryLost())
     assert rows.step().fault == "failed 2 %, limit 1 %"
     rows.fire("echo_response", 97)
     rows.fire("echo_response", 3, locustfile.EchoAltered())
@@ -139,7 +137,9 @@ def test_lost_deliveries_break_a_step_and_good_ones_hide_no_failure(rows: Rows) 
 def test_a_few_lost_connections_among_thousands_of_messages_break_a_step(rows: Rows) -> None:
     rows.fire("echo_response", 1000)
     rows.fire("echo_response", 1, locustfile.EchoTimeout())
-    assert rows.step().fault == ""  # a late echo is no lost connection
+    rows.fire("delivery", 999)
+    rows.fire("delivery", 1, delivery.DeliveryLost())
+    assert rows.step().fault == ""  # a late echo is no lost connection, nor is a lost delivery
     rows.fire("echo_response", 1000)
     rows.fire("disconnect", 1, locustfile.ConnectionClosed())
     rows.fire("connect", 1, ConnectionRefusedError(111, "Connection refused"))
@@ -229,11 +229,10 @@ def test_the_search(rows: Rows, script: str, steps: list[int], answer: str, is_k
 
 # ------------------------------------------------------------------------------------- whole runs
 
-QUICK = """
+SHORT_SETTLING = """
 import find_capacity
-from locust import runners
+
 find_capacity.SETTLING = 0.2
-runners.WORKER_REPORT_INTERVAL = 0.2
 """
 # Limits that a machine ten times slower keeps.
 LIMITS = "--capacity-step=2 --capacity-step-time=0.5 --capacity-max-p95=1000 --capacity-max-users=6"
@@ -243,24 +242,21 @@ LIMITS = "--capacity-step=2 --capacity-step-time=0.5 --capacity-max-p95=1000 --c
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a file for ``-f`` that makes the fixed pauses shorter."""
     path = tmp_path_factory.mktemp("quick") / "quick.py"
-    path.write_text(QUICK)
+    path.write_text(FREQUENT_REPORTS + SHORT_SETTLING)
     return path
 
 
 def arguments(server: Server, more: str = "") -> list[str]:
     """Return the arguments of a run with that server; more wins over LIMITS."""
-    bus = free_port()
-    ports = [f"--master-bind-port={bus}", f"--master-port={bus}"]
-    return [f"--host={server.address}", *ports, *LIMITS.split(), *more.split()]
+    return [f"--host={server.address}", *bus_options(), *LIMITS.split(), *more.split()]
 
 
-def documented() -> list[str]:
-    """Return the arguments of the command that the first lines show."""
-    source = (ROOT / "plugins/find_capacity.py").read_text("utf-8")
-    text = ast.get_docstring(ast.parse(source)) or ""
-    program, *rest = shlex.split(text.split("\n\n")[1])
-    assert program == "locust"
-    return rest
+def documented(more_files: Path) -> list[str]:
+    """Return the arguments of the command that the first lines show, with more files."""
+    text = find_capacity.__doc__ or ""
+    program, option, files, *rest = shlex.split(text.split("\n\n")[1])
+    assert (program, option, files) == ("locust", "-f", FILES)
+    return [option, f"{files},{more_files}", *rest]
 
 
 def answer(run: Program) -> str:
@@ -271,7 +267,7 @@ def answer(run: Program) -> str:
 
 
 def slow_above(users: int) -> Handler:
-    """Return a server that answers at once, and after 2 s while it has more connections."""
+    """Return a server that answers at once, and after 1.5 s while it has more connections."""
     present: set[socket.socket] = set()
 
     def server(connection: socket.socket) -> None:
@@ -279,7 +275,7 @@ def slow_above(users: int) -> Handler:
         try:
             for line in lines(connection):
                 if len(present) > users:
-                    gevent.sleep(2)
+                    gevent.sleep(1.5)
                 connection.sendall(line + b"\n")
         finally:
             present.discard(connection)
@@ -307,10 +303,10 @@ def damaged_above(users: int, afterwards: int) -> Handler:
 
 
 def test_the_documented_command_with_a_server_that_gets_slow_above_its_capacity(
-    start: Start, serve: Serve
+    start: Start, serve: Serve, quick: Path
 ) -> None:
-    options = "--chat-wait=0.05 --capacity-step=4 --capacity-step-time=3 --capacity-max-users=8"
-    run = start(*LOCUST, *documented(), *arguments(serve(slow_above(5)), options))
+    options = "--chat-wait=0.05 --capacity-step=4 --capacity-step-time=2 --capacity-max-users=8"
+    run = start(*LOCUST, *documented(quick), *arguments(serve(slow_above(5)), options))
     assert run.ends() == 0
     assert re.fullmatch(
         r"capacity: 4 users, [\d.]+ messages a second "
@@ -323,12 +319,12 @@ def test_the_documented_command_with_a_server_that_gets_slow_above_its_capacity(
 def test_a_master_with_a_worker_that_has_its_files_from_it_and_a_server_that_stays_damaged(
     start: Start, serve: Serve, quick: Path
 ) -> None:
-    options = arguments(serve(damaged_above(5, afterwards=3)), "--chat-wait=0.05")
-    (port,) = [option for option in options if option.startswith("--master-port")]
-    options.remove(port)
-    worker = start(*LOCUST, "-f", "-", "--worker", port)
-    role = ("--headless", "--master", "--expect-workers=1")
-    master = start(*LOCUST, "-f", f"{FILES},{quick}", *role, *options)
+    server = serve(damaged_above(5, afterwards=3))
+    bus = bus_options()
+    worker = start(*LOCUST, "-f", "-", "--worker", *bus)
+    options = "--headless --master --expect-workers=1 --chat-wait=0.05"
+    files = ("-f", f"{FILES},{quick}")
+    master = start(*LOCUST, *files, *arguments(server, options), *bus)
     assert (master.ends(), worker.ends()) == (0, 0)
     line = answer(master)
     assert line.startswith("capacity: 2 users, ")
@@ -360,33 +356,22 @@ def test_where_nobody_listens_there_is_no_capacity(start: Start, serve: Serve, q
 def test_run_after_run_from_the_web_ui_with_the_options_of_its_form(
     start: Start, serve: Serve, quick: Path
 ) -> None:
-    port = free_port()
-    options = f"--web-host=127.0.0.1 --web-port={port} --chat-wait=0.05"
     server = serve(damaged_above(3, afterwards=3))
-    run = start(*LOCUST, "-f", f"{FILES},{quick}", *arguments(server, options))
-    run.prints("Starting web interface")
-    swarm(port, run, "capacity: 2 users,", capacity_step="2")
-    swarm(port, run, "capacity: at least 3 ", capacity_step="3", capacity_max_users="3")
-    swarm(port, run, "capacity: unknown: 'x' will not do: write a whole", capacity_step="x")
-    run.process.send_signal(signal.SIGTERM)
-    assert run.ends() == 1
+    web_ui = WebUI()
+    options = arguments(server, "--chat-wait=0.05")
+    run = start(*LOCUST, "-f", f"{FILES},{quick}", *options, *web_ui.options)
+
+    def search(expected: str, **form: str) -> None:
+        """Start a run, and wait until it has said what is expected and has stopped."""
+        web_ui.swarm(**form)
+        run.prints(f"\n{expected}")
+        wait_until(lambda: web_ui.statistics()["state"] == "stopped")
+
+    search("capacity: 2 users,", capacity_step="2")
+    search("capacity: at least 3 ", capacity_step="3", capacity_max_users="3")
+    search("capacity: unknown: 'x' will not do: write a whole", capacity_step="x")
+    assert run.stop() == 1
     assert "Traceback" not in run.output
-
-
-def swarm(port: int, run: Program, expected: str, **form: str) -> None:
-    """Start a run from the web UI, and wait until it has said what is expected and has stopped."""
-    wait_until(lambda: asked(port, "swarm", urllib.parse.urlencode(form).encode()))
-    run.prints(f"\n{expected}")
-    wait_until(lambda: b'"state":"stopped"' in asked(port, "stats/requests"))
-
-
-def asked(port: int, path: str, data: bytes | None = None) -> bytes:
-    """Return what the web UI answers, without spaces; nothing while it is not there yet."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", data, 60) as response:
-            return bytes(response.read()).replace(b" ", b"")
-    except OSError:
-        return b""
 
 
 @pytest.mark.parametrize(
@@ -398,10 +383,11 @@ def asked(port: int, path: str, data: bytes | None = None) -> bytes:
     ],
 )
 def test_a_wrong_value_is_one_line_that_says_what_to_write_instead(
-    start: Start, option: str, value: str, instead: str
+    capsys: pytest.CaptureFixture[str], option: str, value: str, instead: str
 ) -> None:
-    run = start(*LOCUST, "-f", FILES, "--headless", f"--capacity-{option}={value}")
-    assert run.ends() != 0
-    assert run.output.splitlines() == [
-        f"locust: error: argument --capacity-{option}: {value!r} will not do: write {instead}"
-    ]
+    with pytest.raises(SystemExit):
+        get_parser(default_config_files=[]).parse_args([f"--capacity-{option}={value}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        f": error: argument --capacity-{option}: {value!r} will not do: write {instead}"
+    )

@@ -108,7 +108,7 @@ def test_a_message_is_given_as_soon_as_its_last_byte_is_there(
     taken, _ = carried(framing, [first, second])
     for payload in taken:
         encoded = framing.encode(payload)
-        assert fed(framing, filter(None, [encoded[:-1]])) == []
+        assert fed(framing, [encoded[:-1]]) == []
         assert fed(framing, [encoded[-1:]]) == [payload]
 
 
@@ -140,7 +140,7 @@ def test_garbage_gives_messages_that_are_in_it_or_is_too_long_and_nothing_else(
 def test_lines_are_what_splitting_at_line_feeds_gives(reads: list[bytes]) -> None:
     *complete, _ = b"".join(reads).split(b"\n")
     expected = [line.removesuffix(b"\r") for line in complete]
-    assert fed(LineFraming(), filter(None, reads)) == expected
+    assert fed(LineFraming(), reads) == expected
 
 
 @pytest.mark.parametrize("name", ["line", "crlf", "B", "<H", ">I", "!Q"])

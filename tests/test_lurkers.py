@@ -7,7 +7,6 @@ import locust  # isort: skip  # replaces blocking calls with gevent's
 import inspect
 import re
 import shlex
-import signal
 import socket
 import sys
 import textwrap
@@ -19,9 +18,9 @@ from pathlib import Path
 import pytest
 from locust.env import Environment
 from locust.event import Events
-from programs import LOCUST, ROOT, Program, wait_until
+from programs import LOCUST, ROOT, Program, bus_options, counts_in, latest_counts, wait_until
 from rows import Rows
-from servers import Server, echo, free_port, lines
+from servers import Server, echo, lines
 
 import locustfile
 
@@ -55,12 +54,6 @@ def documented(name: str) -> list[str]:
     text = (lurkers.__doc__ or "").replace("\\\n", "")
     command = next(line for line in text.splitlines() if f"lurkers.py {name} " in line)
     return shlex.split(re.sub(r"--users=\d+", "--users=10", command))[1:]
-
-
-def counts(output: str) -> dict[str, tuple[int, int]]:
-    """Return requests and failures by name, out of the last table that Locust printed."""
-    found = re.findall(r"^TCP +(\w+) +(\d+) +(\d+)\(", output, re.MULTILINE)
-    return {name: (int(requests), int(failures)) for name, requests, failures in found}
 
 
 @pytest.fixture
@@ -97,11 +90,10 @@ def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve
 
     listening = serve(server)
     running = start(*LOCUST, *documented("Lurker"), f"--host={listening.address}")
-    wait_until(lambda: counts(running.output).get("received") == (30, 0))
-    running.process.send_signal(signal.SIGTERM)
-    assert running.ends() == 0
+    wait_until(lambda: latest_counts(running, "received") == (30, 0))
+    assert running.stop() == 0
     assert listening.opened == 10
-    assert counts(running.output) == {"connect": (10, 0), "received": (30, 0)}
+    assert counts_in(running.output) == {"connect": (10, 0), "received": (30, 0)}
     assert received == [b""] * 10
 
 
@@ -184,11 +176,10 @@ def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, ser
     command = (*LOCUST, *documented("Visitor"), f"--host={listening.address}", "--stop-timeout=60")
     running = start(*command)
     wait_until(lambda: listening.opened > 100)
-    running.process.send_signal(signal.SIGTERM)
-    assert running.ends() == 0
+    assert running.stop() == 0
     wait_until(lambda: listening.open == 0)
     visits = (listening.opened, 0)
-    rows = counts(running.output)
+    rows = counts_in(running.output)
     assert rows == {"connect": visits, "send_chat": visits, "echo_response": visits}
     assert messages == [1] * listening.opened
 
@@ -206,17 +197,30 @@ def test_a_worker_gets_the_plugin_from_its_master(
         connection.recv(1)
 
     listening = serve(server)
-    bus = free_port()
+    bus = bus_options()
     users = f"--headless --expect-workers=1 --users=4 --spawn-rate=4 --host={listening.address}"
     files = ("-f", "locustfile.py,plugins/lurkers.py", "Lurker")
-    master = start(*LOCUST, *files, "--master", f"--master-bind-port={bus}", *users.split())
-    worker = start(*LOCUST, "-f", "-", "--worker", f"--master-port={bus}", cwd=tmp_path)
+    master = start(*LOCUST, *files, "--master", *bus, *users.split())
+    worker = start(*LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
     wait_until(lambda: listening.open == 4)
-    wait_until(lambda: counts(master.output).get("received") == (4, 0))
-    master.process.send_signal(signal.SIGTERM)
-    assert master.ends() == 0
+    wait_until(lambda: latest_counts(master, "received") == (4, 0))
+    assert master.stop() == 0
     assert worker.ends() == 0
-    assert counts(master.output) == {"connect": (4, 0), "received": (4, 0)}
+    assert counts_in(master.output) == {"connect": (4, 0), "received": (4, 0)}
+
+
+def test_several_processes_lurk(start: Start, serve: Serve) -> None:
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"welcome\n")
+        connection.recv(1)
+
+    listening = serve(server)
+    users = ("Lurker", "--headless", "--processes=2", "--users=4", "--spawn-rate=4")
+    host = f"--host={listening.address}"
+    running = start(*LOCUST, "-f", "plugins/lurkers.py", *users, host, *bus_options(), cwd=ROOT)
+    wait_until(lambda: latest_counts(running, "received") == (4, 0))
+    assert listening.open == 4
+    running.stop()
 
 
 def test_the_plugin_lists_no_user_class_but_its_two() -> None:

@@ -319,6 +319,7 @@ def test_the_failures_of_delivery_exist() -> None:
     "arguments",
     [
         ["localhost"],
+        ["http://localhost:12345"],
         ["127.0.0.1:1", "--chat-rate=2", "--chat-wait=1"],
         ["127.0.0.1:1", "--chat-source=192.0.2.1"],
     ],
@@ -330,5 +331,15 @@ def test_the_errors_before_a_run_are_the_ones_in_the_table(
     running = start(*LOCUST, "--headless", f"--host={host}", *options)
     assert running.ends() == 1
     texts = re.findall(r"`('.*? will not do: .*?)(?:, …|…)?` \|", LOOKED_UP)
-    assert len(texts) == 3
+    assert len(texts) == 4
     assert any(f"locust: error: {text.strip()}" in running.output for text in texts)
+
+
+def test_a_plugin_that_is_listed_before_the_locustfile_is_the_error_in_the_table(
+    start: Start,
+) -> None:
+    (text,) = re.findall(r"`(.*conflicting option string.*?)`", LOOKED_UP)
+    files = "plugins/verdict.py,locustfile.py"
+    running = start(*LOCUST, "-f", files, "--headless", "--host=127.0.0.1:1", cwd=ROOT)
+    assert running.ends() == 1
+    assert text in running.output

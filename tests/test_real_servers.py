@@ -1,118 +1,366 @@
-"""Servers that others wrote."""
+"""Servers that others wrote, each with the class that docs/protocols.md shows for it."""
 
 from __future__ import annotations
 
+import base64
 import re
 import shlex
-import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from programs import LOCUST, STANDALONE, Program, program, quiet, rows_of, wait_until
-from rows import Rows
-from servers import free_port
+from programs import Program, latest_counts, program, quiet, rows_of, wait_until
+from rows import Rows, Run
+from servers import free_port, lines
+from test_protocols import client_of, defined, run
 
-from locustfile import TCPSocketClient
+import locustfile
+from locustfile import TCPChatUser, TCPSocketClient
 
 Start = Callable[..., Program]
 Connect = Callable[..., TCPSocketClient]
+RunUsers = Callable[..., Run]
+StartServer = Callable[..., Program]
 
-
-def listen(start: Start, command: str) -> int:
-    """Start a server command with PORT in it; return its port once it says that it is listening."""
-    port = free_port()
-    name, *arguments = shlex.split(command.replace("PORT", str(port)))
-    start(program(name), *arguments).prints("istening on")
-    return port
-
-
-def latest_counts(running: Program, name: str) -> tuple[int, int]:
-    """Return requests and failures of a row in the last table that a run has printed."""
-    found = re.findall(rf"^TCP +{name} +(\d+) +(\d+)\(", running.output, re.MULTILINE)
-    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
-
-
-def successes(running: Program, name: str) -> int:
-    """Return how many requests of a row have succeeded so far."""
-    requests, failures = latest_counts(running, name)
-    return requests - failures
-
-
-def stopped(running: Program) -> int:
-    """Stop the run in good order; return its exit code."""
-    running.process.send_signal(signal.SIGTERM)
-    return running.ends()
-
-
-SERVERS = {
-    "ncat": "ncat --verbose --listen --keep-open 127.0.0.1 PORT --exec /bin/cat",
-    "socat": "socat -d -d TCP-LISTEN:PORT,bind=127.0.0.1,fork,reuseaddr,backlog=100 PIPE",
-}
 ROOM = "ncat --verbose --listen --chat 127.0.0.1 PORT"
+NGIRCD_SETTINGS = (
+    "[Global]",
+    "Name = irc.test",
+    "Listen = 127.0.0.1",
+    "AdminEMail = nobody@localhost",
+    "[Options]",
+    "DNS = no",
+    "Ident = no",
+    "PAM = no",
+    "[Limits]",
+    "MaxConnectionsIP = 0",
+    "MaxPenaltyTime = 0",
+)
+PROSODY_SETTINGS = (
+    "run_as_root = true",
+    'c2s_interfaces = { "127.0.0.1" }',
+    "c2s_require_encryption = false",
+    'modules_enabled = { "saslauth" }',
+    'modules_disabled = { "s2s", "tls" }',
+    'log = { info = "*console" }',
+)
 
 
-@pytest.mark.parametrize("name", SERVERS)
-def test_a_load_on_an_echo_server(start: Start, name: str) -> None:
-    port = listen(start, SERVERS[name])
-    arguments = "--headless --users=10 --spawn-rate=10 --chat-wait=0.1"
-    running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
-    wait_until(lambda: latest_counts(running, "echo_response")[0] > 30)
-    assert stopped(running) == 0
-    rows = rows_of(running.output)
-    assert (
-        rows["connect"] == (10, 0)
-        and rows["echo_response"][0] > 30
-        and rows["echo_response"][1] == 0
+def start_listener(start: Start, command: str, port: int) -> Program:
+    """Start a server command with PORT in it; return it once it says that it is listening."""
+    name, *arguments = shlex.split(command.replace("PORT", str(port)))
+    server = start(program(name), *arguments)
+    server.prints("istening on")
+    return server
+
+
+def start_ncat(start: Start, _folder: Path, port: int) -> Program:
+    """Start an echo server."""
+    command = "ncat --verbose --listen --keep-open 127.0.0.1 PORT --exec /bin/cat"
+    return start_listener(start, command, port)
+
+
+def start_socat(start: Start, _folder: Path, port: int) -> Program:
+    """Start another echo server."""
+    command = "socat -d -d TCP-LISTEN:PORT,bind=127.0.0.1,fork,reuseaddr,backlog=100 PIPE"
+    return start_listener(start, command, port)
+
+
+def start_ngircd(start: Start, folder: Path, port: int, *settings: str) -> Program:
+    """Start an IRC server without look-ups and limits, with more lines of configuration."""
+    configuration = folder / "ngircd.conf"
+    everything = (*NGIRCD_SETTINGS, "[Global]", f"Ports = {port}", *settings, "")
+    configuration.write_text("\n".join(everything))
+    installed = Path("/usr/sbin/ngircd")  # not on the path of every user
+    command = installed if installed.exists() else program("ngircd")
+    server = start(command, "-n", "-f", configuration)
+    server.prints("Now listening on")
+    return server
+
+
+class Account(NamedTuple):
+    """Who may log in to Prosody."""
+
+    name: str
+    password: str
+
+
+def start_prosody(
+    start: Start,
+    folder: Path,
+    port: int,
+    account: Account | None = None,
+    plain: bool = True,
+    room_locking: bool = False,
+) -> Program:
+    """Start an XMPP server with rooms, for one account, or else for everybody."""
+    command = program("prosody")
+    authentication = "internal_hashed" if account else "anonymous"
+    settings = (
+        *PROSODY_SETTINGS,
+        f'data_path = "{folder}"',
+        f'pidfile = "{folder}/prosody.pid"',
+        f"c2s_ports = {{ {port} }}",
+        f"allow_unencrypted_plain_auth = {str(plain).lower()}",
+        f'authentication = "{authentication}"',
+        'VirtualHost "localhost"',
+        'Component "rooms.localhost" "muc"',
+        f"muc_room_locking = {str(room_locking).lower()}",
     )
-    assert quiet(running.output)
+    configuration = folder / "prosody.cfg.lua"
+    configuration.write_text("\n".join(settings))
+    if account:
+        registering = ("register", account.name, "localhost", account.password)
+        control = program("prosodyctl")
+        assert start(control, "--root", "--config", configuration, *registering).ends() == 0
+    server = start(command, "--config", configuration, "-F")
+    server.prints("Activated service 'c2s'")
+    return server
+
+
+IrcUser: type[TCPChatUser] = defined("irc.py")["IrcUser"]
+XmppUser: type[TCPChatUser] = defined("xmpp.py")["XmppUser"]
+SERVERS: dict[str, tuple[StartServer, type[TCPChatUser]]] = {
+    "ncat": (start_ncat, locustfile.ChatClient),
+    "socat": (start_socat, locustfile.ChatClient),
+    "ngircd": (start_ngircd, IrcUser),
+    "prosody": (start_prosody, XmppUser),
+}
 
 
 @pytest.mark.parametrize("name", SERVERS)
-@pytest.mark.parametrize("framing", ["line", ">I", "raw"])
-def test_the_standalone_mode_on_an_echo_server(start: Start, name: str, framing: str) -> None:
-    port = listen(start, SERVERS[name])
-    assert start(*STANDALONE, "127.0.0.1", str(port), f"--chat-framing={framing}").ends() == 0
+def test_a_server_that_is_killed_and_started_again_is_loaded_again(
+    start: Start, run_users: RunUsers, tmp_path: Path, name: str
+) -> None:
+    start_server, user_class = SERVERS[name]
+    port = free_port()
+    server = start_server(start, tmp_path, port)
+    loaded = run_users(user_class, f"127.0.0.1:{port}", users=5, chat_wait="0.05")
+    rows = loaded.rows
+    wait_until(lambda: rows.counts()["echo_response"] > 20)
+    assert set(rows.counts()) <= {"connect", "login", "send_chat", "echo_response"}
+
+    server.kill()
+    wait_until(lambda: rows.counts()["connect: ConnectionRefusedError"] > 0)
+    rows.clear()
+    start_server(start, tmp_path, port)
+    wait_until(lambda: rows.counts()["connect"] >= 5)
+    wait_until(lambda: rows.counts()["echo_response"] > 20)
+    assert not loaded.runner.exceptions
+
+
+@pytest.mark.parametrize("start_server", [start_ncat, start_socat])
+@pytest.mark.parametrize(
+    ("framing", "echo"), [("line", "full"), ("crlf", "full"), (">I", "full"), ("raw", "tag")]
+)
+def test_an_echo_server_is_spoken_to_in_every_framing(
+    start: Start,
+    connect: Connect,
+    tmp_path: Path,
+    start_server: StartServer,
+    framing: str,
+    echo: str,
+) -> None:
+    port = free_port()
+    start_server(start, tmp_path, port)
+    client = connect(port, framing=framing, echo=echo)
+    for text in ("hello", "안녕하세요 👋", "x" * 900):
+        assert str(client.send_chat(text)).endswith(text)
 
 
 def test_a_room_that_does_not_echo_shows_other_peoples_messages_and_none_is_taken_for_an_echo(
     start: Start, connect: Connect, rows: Rows
 ) -> None:
     """``ncat --chat`` sends a line to everybody but its sender, after a banner of its own."""
-    port = listen(start, ROOM)
-    ours, other = connect(port, timeout=0.5), connect(port, echo="none")
-    assert ours.connect()
-    for _ in range(20):
-        other.send_chat("hello from the other")
-    assert ours.send_chat("hello") is None
+    port = free_port()
+    start_listener(start, ROOM, port)
+    heard: list[bytes] = []
+    ours = connect(port, timeout=1.0, on_message=lambda payload, _arrived: heard.append(payload))
+
+    def answer(payload: bytes, _arrived: float) -> None:
+        if payload.endswith(b"question"):
+            other.send_chat("answer")
+
+    other = connect(port, echo="none", on_message=answer)
+    assert other.connect()
+    assert ours.send_chat("question") is None
+    assert any(line.endswith(b"answer") for line in heard)
     assert rows.counts()["echo_response: EchoTimeout"] == 1
     assert rows.counts()["echo_response"] == 0
 
 
-def test_a_room_is_loaded_without_waiting_for_echoes(start: Start) -> None:
-    port = listen(start, ROOM)
-    arguments = "--headless --users=8 --spawn-rate=8 --chat-wait=0.2 --chat-echo=none"
-    running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
-    wait_until(lambda: latest_counts(running, "send_chat")[0] > 25)
-    assert stopped(running) == 0
+def test_a_room_is_loaded_without_waiting_for_echoes(start: Start, run_users: RunUsers) -> None:
+    port = free_port()
+    start_listener(start, ROOM, port)
+    options = {"chat_wait": "0.05", "chat_echo": "none"}
+    loaded = run_users(locustfile.ChatClient, f"127.0.0.1:{port}", users=5, **options)
+    wait_until(lambda: loaded.rows.counts()["send_chat"] > 25)
+    assert set(loaded.rows.counts()) == {"connect", "send_chat"}
+
+
+def listen_in_channel(observer: socket.socket) -> Iterator[bytes]:
+    """Log in, join the channel, and yield what is said there."""
+    observer.sendall(b"NICK observer\nUSER observer 0 * observer\n")
+    for line in lines(observer):
+        if line.startswith(b"PING "):
+            observer.sendall(b"PONG" + line[4:] + b"\n")
+        if line.startswith(b":irc.test 001"):
+            observer.sendall(b"JOIN #load\n")
+        if b" 366 " in line or b"PRIVMSG" in line:
+            yield line
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["[Options]", "RequireAuthPing = yes"]], ids=["plain", "PING at the login"]
+)
+def test_the_command_of_the_document_loads_ngircd(
+    start: Start, tmp_path: Path, settings: list[str]
+) -> None:
+    port = free_port()
+    start_ngircd(start, tmp_path, port, *settings)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as observer:
+        heard = listen_in_channel(observer)
+        assert b" 366 " in next(heard)
+        running = run(start, tmp_path, "irc.py", port, users=8)
+        talk = re.compile(rb":u[0-9a-f]{8}!\S+ PRIVMSG #load :.")
+        for _ in range(25):
+            assert talk.match(next(heard))
+    assert running.stop() == 0
     rows = rows_of(running.output)
-    assert set(rows) == {"connect", "send_chat"}
-    assert rows["send_chat"][0] > 25
+    assert set(rows) == {"connect", "send_chat", "login", "echo_response"}
+    assert rows["connect"] == (8, 0)
+    assert rows["login"] == (16, 0)
     assert quiet(running.output)
 
 
-def test_a_real_server_that_is_killed_and_started_again_is_loaded_again(start: Start) -> None:
+def test_an_idle_irc_user_outlives_one_who_does_not_answer_the_ping_of_ngircd(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
     port = free_port()
-    command = [program("socat"), f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr", "PIPE"]
-    server = start(*command)
-    arguments = "--headless --users=5 --spawn-rate=5 --chat-wait=0.1"
-    running = start(*LOCUST, f"--host=127.0.0.1:{port}", *arguments.split())
+    shortest = ("[Limits]", "PingTimeout = 5", "PongTimeout = 5")  # ngircd takes no less
+    start_ngircd(start, tmp_path, port, *shortest)
+    idle = client_of(connect, port, IrcUser)
+    assert idle.connect()
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
+        silent.sendall(b"NICK silent\nUSER silent 0 * silent\n")
+        heard = list(lines(silent))  # until ngircd hangs up
+    assert any(line.startswith(b"PING ") for line in heard)
+    assert idle.send_chat("still here")
+    assert rows.counts()["connect"] == 1
 
-    running.prints("echo_response")
-    server.kill()
-    wait_until(lambda: latest_counts(running, "connect")[1] > 0)
-    start(*command)
-    wait_until(lambda: successes(running, "connect") >= 10)  # each user once more
-    echoes = successes(running, "echo_response")
-    wait_until(lambda: successes(running, "echo_response") > echoes)
-    assert stopped(running) == 1
-    assert "Traceback" not in running.output
+
+def test_a_login_without_the_password_of_ngircd_is_a_failed_row(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_ngircd(start, tmp_path, port, "[Global]", "Password = secret")
+    client = client_of(connect, port, IrcUser)
+    assert client.send_chat("hello") is None
+    assert rows.counts() == {"connect": 1, "send_chat": 2, "login: ConnectionClosed": 1}
+
+
+def test_ngircd_takes_five_connections_of_an_address_unless_it_is_told_otherwise(
+    start: Start, connect: Connect, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_ngircd(start, tmp_path, port, "[Limits]", "MaxConnectionsIP = 5")
+    clients = [client_of(connect, port, IrcUser) for _ in range(6)]
+    assert [client.connect() for client in clients] == [True] * 5 + [False]
+
+
+def test_a_line_over_512_bytes_ends_the_connection_to_ngircd(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_ngircd(start, tmp_path, port)
+    client = client_of(connect, port, IrcUser)
+    assert "PONG irc.test :[" in str(client.send_chat("x" * 400))
+    assert client.send_chat("x" * 512) is None
+    assert rows.counts()["echo_response: ConnectionClosed"] == 1
+
+
+def test_the_command_of_the_document_loads_a_room_of_prosody(start: Start, tmp_path: Path) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port)
+    running = run(start, tmp_path, "xmpp.py", port, users=4)
+    wait_until(lambda: latest_counts(running, "echo_response").successes > 20)
+    assert running.stop() == 0
+    rows = rows_of(running.output)
+    assert set(rows) == {"connect", "send_chat", "login", "echo_response"}
+    assert rows["connect"] == (4, 0)
+    assert rows["login"] == (20, 0)
+    assert quiet(running.output)
+
+
+def test_a_text_with_every_special_character_comes_back_from_prosody_whole(
+    start: Start, connect: Connect, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port)
+    echo = client_of(connect, port, XmppUser).send_chat("안녕 <b> & '\" 👋")
+    assert "안녕 &lt;b&gt; &amp; &apos;&quot; 👋</body>" in str(echo)
+
+
+def test_only_the_first_user_gets_into_a_room_that_prosody_locks(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port, room_locking=True)
+    first = client_of(connect, port, XmppUser)
+    second = client_of(connect, port, XmppUser)
+    assert first.connect()
+    assert not second.connect()
+    assert rows.counts()["login: EchoRefused"] == 1
+
+
+def test_a_message_to_a_room_of_prosody_that_the_user_is_not_in_is_refused_with_its_tag(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port)
+    names = defined("xmpp.py")
+    client = client_of(connect, port, names["XmppUser"])
+    assert client.connect()
+    names["ROOM"] = "another@rooms.localhost"
+    assert client.send_chat("hello") is None
+    assert rows.counts()["echo_response: EchoRefused"] == 1
+
+
+def user_with_password(password: str) -> type[TCPChatUser]:
+    """Return the class for XMPP with the login that the document shows below it."""
+    text = base64.b64encode(f"\0kim\0{password}".encode()).decode()
+    plain = ("mechanism='ANONYMOUS'/>", f"mechanism='PLAIN'>{text}</auth>")
+    user_class: type[TCPChatUser] = defined("xmpp.py", plain)["XmppUser"]
+    return user_class
+
+
+def test_prosody_takes_a_login_with_the_right_password_alone(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port, Account("kim", "secret"))
+    assert client_of(connect, port, user_with_password("secret")).send_chat("hello")
+    rows.clear()
+    assert client_of(connect, port, user_with_password("guess")).send_chat("hello") is None
+    # What was sent is the stream and the login.
+    assert rows.counts() == {"connect": 1, "send_chat": 2, "login": 1, "login: EchoRefused": 1}
+
+
+def test_prosody_refuses_a_password_over_plain_tcp_unless_it_is_told_otherwise(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port, Account("kim", "secret"), plain=False)
+    assert not client_of(connect, port, user_with_password("secret")).connect()
+    assert rows.counts()["login: EchoRefused"] == 1
+
+
+def test_prosody_refuses_an_anonymous_login_where_it_wants_an_account(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port, Account("kim", "secret"))
+    assert not client_of(connect, port, XmppUser).connect()
+    assert rows.counts()["login: EchoRefused"] == 1

@@ -13,7 +13,7 @@ import pytest
 from locust import between, events
 from locust.argument_parser import get_parser
 from locust.env import Environment
-from programs import LOCUST, ROOT, STANDALONE, Program
+from programs import LOCUST, ROOT, Program, bus_options
 from servers import Server, echo, free_port
 
 import locustfile
@@ -27,6 +27,7 @@ from locustfile import (
     SettingError,
     TCPChatUser,
     parse_address,
+    parse_echo,
     parse_framing,
     parse_pause,
     parse_port,
@@ -108,16 +109,33 @@ def test_a_rate_is_a_number_above_0(text: str, rate: float) -> None:
     assert parse_rate(text) == rate
 
 
-@pytest.mark.parametrize("text", ["0", "0.0", "-1", "1-2", "1/s", "1e3", "inf", "nan", "٣", "1."])
-def test_any_other_rate_is_refused(text: str) -> None:
+@pytest.mark.parametrize("rate", [3, 1 / 3, 0.00001])
+def test_the_rate_of_a_class_is_any_number_above_0(rate: float) -> None:
+    assert parse_rate(rate) == rate
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        *("0", "0.0", "-1", "1-2", "1/s", "1e3", "inf", "nan", "٣", "1."),
+        *(0, -1, float("inf"), float("nan")),
+    ],
+)
+def test_any_other_rate_is_refused(rate: object) -> None:
     with pytest.raises(SettingError, match=r"write messages a second above 0, such as 2 or 0\.1"):
-        parse_rate(text)
+        parse_rate(rate)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "inf", "5s", "1-2"])
 def test_a_timeout_that_is_not_above_0_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="write seconds above 0"):
         parse_timeout(text)
+
+
+@pytest.mark.parametrize("text", ["fuller", "FULL", "ful", "", None])
+def test_a_mode_of_the_echo_that_is_none_is_refused(text: object) -> None:
+    with pytest.raises(SettingError, match=r"write full \(default\), tag, any or none"):
+        parse_echo(text)
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "-1", "x", "1.5", ""])
@@ -131,7 +149,13 @@ def test_sources_are_addresses_with_commas_between_them() -> None:
     assert parse_sources("127.0.0.1,127.0.0.2,::1") == ("127.0.0.1", "127.0.0.2", "::1")
 
 
-@pytest.mark.parametrize("text", ["localhost", "127.0.0.1,", "127.0.0.1, 127.0.0.2", "127.0.0.256"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("localhost", "127.0.0.1,", "127.0.0.1, 127.0.0.2", "127.0.0.256"),
+        *("127.0.0.1:80", "127.0.0.1;127.0.0.2"),
+    ],
+)
 def test_sources_that_are_no_addresses_are_refused(text: str) -> None:
     with pytest.raises(SettingError, match=r"such as 127\.0\.0\.1,127\.0\.0\.2"):
         parse_sources(text)
@@ -308,25 +332,56 @@ def test_a_wrong_environment_variable_is_one_line(
     assert "'wrong' will not do: write" in refused(capsys, "--headless")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ("--host=", "an empty setting will not do: write host:port"),
-        ("--host=http://localhost:12345", "will not do: write host:port"),
-        ("--host=localhost:65536", "'65536' will not do: write a port from 1 to 65535"),
-        ("--host=a:1 --chat-source=192.0.2.1", "write an address that this machine has"),
-        ("--host=a:1 --chat-rate=1 --chat-wait=1", "write one of them"),
-    ],
-)
-def test_a_wrong_setting_ends_locust_when_it_is_about_to_start(arguments: str, line: str) -> None:
-    environment = given("--headless", *arguments.split())
-    environment.user_classes = [ChatClient]
+NO_PORT = "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345"
+NO_HOST = "an empty setting will not do: write host:port"
+NO_ADDRESS = "'192.0.2.1' will not do: write an address that this machine has"
+
+
+def what_ends_locust(environment: Environment, user_class: type[TCPChatUser]) -> str:
+    """Return the one line with which Locust ends when it is about to start."""
+    environment.user_classes = [user_class]
     with pytest.raises(SystemExit) as end:
         locustfile.prepare(environment)
     text = str(end.value.code)
     assert text.startswith("locust: error: ")
-    assert line in text
     assert "\n" not in text
+    return text
+
+
+class Chat(ChatClient):
+    """A class that no run has written a host into."""
+
+    abstract = True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--host=", NO_HOST),
+        ("--host=localhost", NO_PORT),
+        ("--host=http://localhost:12345", "will not do: write host:port"),
+        ("--host=localhost:65536", "'65536' will not do: write a port from 1 to 65535"),
+        ("--host=a:1 --chat-source=127.0.0.1,192.0.2.1", NO_ADDRESS),
+        ("--host=a:1 --chat-rate=1 --chat-wait=1", "write one of them"),
+        ("--host=192.0.2.1:5 --echo-server", "Cannot assign requested address"),
+    ],
+)
+def test_a_wrong_setting_ends_locust_when_it_is_about_to_start(arguments: str, line: str) -> None:
+    assert line in what_ends_locust(given("--headless", *arguments.split()), Chat)
+
+
+def test_a_wait_in_the_environment_and_a_rate_on_the_command_line_end_locust(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CHAT_WAIT", "1")
+    text = what_ends_locust(given("--headless", "--host=a:1", "--chat-rate=2"), Chat)
+    assert "'--chat-rate=2 with --chat-wait=1' will not do: write one of them" in text
+
+
+def test_that_the_port_of_the_echo_server_is_taken_ends_locust(serve: Serve) -> None:
+    host = f"--host={serve(echo).address}"
+    text = what_ends_locust(given("--headless", "--echo-server", host), Chat)
+    assert "Address already in use: ('127.0.0.1', " in text
 
 
 def test_a_wrong_class_attribute_ends_locust_when_it_is_about_to_start() -> None:
@@ -334,15 +389,12 @@ def test_a_wrong_class_attribute_ends_locust_when_it_is_about_to_start() -> None
         abstract = True
         framing = "lines"
 
-    environment = given("--headless")
-    environment.user_classes = [Mistaken]
-    with pytest.raises(SystemExit, match=r"^locust: error: 'lines' will not do: write line"):
-        locustfile.prepare(environment)
+    assert "'lines' will not do: write line" in what_ends_locust(given("--headless"), Mistaken)
 
 
 def test_in_the_web_ui_the_host_may_be_missing_at_the_start() -> None:
     environment = given()
-    environment.user_classes = [ChatClient]
+    environment.user_classes = [Chat]
     locustfile.prepare(environment)
 
 
@@ -352,53 +404,35 @@ def lines_of(running: Program) -> list[str]:
     return [line for line in running.output.splitlines() if not any(text in line for text in usual)]
 
 
-NO_PORT = "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345"
-
-
-@pytest.mark.parametrize("processes", ["", "--processes=2"], ids=["one process", "processes"])
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         ("--headless --host=localhost", NO_PORT),
-        ("--headless", "an empty setting will not do: write host:port"),
-        ("--headless --host=a:1 --chat-wait=3-1", "argument --chat-wait: '3-1' will not do"),
-        ("--headless --host=a:1 --chat-source=192.0.2.1", "write an address that this machine has"),
-        ("--headless --host=192.0.2.1:5 --echo-server", "Cannot assign requested address"),
-        ("--autostart", "an empty setting will not do: write host:port"),
+        ("--headless --host=localhost --processes=2", NO_PORT),
+        ("--headless --host=a:1 --chat-wait=3-1 --processes=2", "argument --chat-wait: '3-1' will"),
+        ("--headless --host=a:1 --chat-source=127.0.0.1,192.0.2.1 --processes=2", NO_ADDRESS),
+        ("--headless --host=192.0.2.1:5 --echo-server --processes=2", "Cannot assign requested"),
+        ("--autostart --processes=2", NO_HOST),
         ("--host=localhost", NO_PORT),
     ],
 )
 def test_bad_input_ends_locust_and_its_workers_with_one_line_before_any_user_starts(
-    start: Start, arguments: str, line: str, processes: str
+    start: Start, arguments: str, line: str
 ) -> None:
     """``ends`` waits until workers have closed the output too: so none is left behind."""
-    bus = str(free_port())  # of its own: on the usual port, workers of another run could join
-    running = start(
-        *LOCUST,
-        *("--web-host=127.0.0.1", f"--web-port={free_port()}", "--users=1", "--run-time=5s"),
-        *arguments.split(),
-        *processes.split(),
-        LOCUST_MASTER_BIND_PORT=bus,
-        LOCUST_MASTER_NODE_PORT=bus,
-    )
+    web = ("--web-host=127.0.0.1", f"--web-port={free_port()}")
+    run = ("--users=1", "--run-time=20s")
+    running = start(*LOCUST, *web, *run, *bus_options(), *arguments.split())
     assert running.ends() not in (0, None)
     (only,) = lines_of(running)
     assert line in only
 
 
-def test_the_port_of_the_echo_server_is_taken_is_one_line(start: Start, serve: Serve) -> None:
-    running = start(*LOCUST, "--headless", "--echo-server", f"--host={serve(echo).address}")
-    assert running.ends() != 0
-    (only,) = lines_of(running)
-    assert "Address already in use: ('127.0.0.1', " in only
-
-
-def test_the_options_can_stand_in_locust_conf(start: Start, tmp_path: Path) -> None:
-    settings = f"chat-timeout = never\nlocustfile = {ROOT / 'locustfile.py'}\n"
-    (tmp_path / "locust.conf").write_text(settings)
-    running = start(*LOCUST, "--headless", f"--host=127.0.0.1:{free_port()}", cwd=tmp_path)
-    assert running.ends() != 0
-    assert "'never' will not do: write seconds above 0" in running.output
+def test_the_options_can_stand_in_locust_conf(tmp_path: Path) -> None:
+    settings = tmp_path / "locust.conf"
+    settings.write_text("chat-timeout = 7\nchat-echo = any\n")
+    options = get_parser(default_config_files=[str(settings)]).parse_args([])
+    assert (options.chat_timeout, options.chat_echo) == ("7", "any")
 
 
 # ------------------------------------------------------------------------- standalone
@@ -414,6 +448,7 @@ def test_the_options_can_stand_in_locust_conf(start: Start, tmp_path: Path) -> N
         ("--echo-server tls://localhost:1", "write tcp://localhost:1: the built-in echo server"),
         ("--chat-timeout=x", "'x' will not do: write seconds above 0"),
         ("--chat-rate=1 --chat-wait=1", "write one of them: a rate is open loop"),
+        ("localhost 1 2", "unrecognized arguments: 2"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--echo-server 192.0.2.1 5", "Cannot assign requested address: ('192.0.2.1', 5)"),
     ],
@@ -428,13 +463,6 @@ def test_wrong_arguments_end_the_standalone_mode_with_code_2_and_one_line(
     said = [text for text in (printed.err + printed.out).splitlines() if "Did you mean" not in text]
     (only,) = said
     assert line in only
-
-
-def test_a_wrong_argument_ends_the_program_with_code_2_and_one_line(start: Start) -> None:
-    running = start(*STANDALONE, "localhost", "1", "2")
-    assert running.ends() == 2
-    (only,) = running.output.splitlines()
-    assert "unrecognized arguments: 2" in only
 
 
 # ------------------------------------------------------------------------- what it needs

@@ -5,112 +5,138 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from programs import STANDALONE, Program, wait_until
-from servers import Server, echo, free_port, lines
+from servers import Answers, Server, echo, free_port, in_turn, silent, with_the_line
 
 Start = Callable[..., Program]
 Serve = Callable[..., Server]
+Run = Callable[..., "Result"]
+
+OPTIONS = (
+    "tcp-port",
+    "chat-framing",
+    "chat-echo",
+    "chat-timeout",
+    "chat-wait",
+    "chat-rate",
+    "chat-source",
+)
+
+
+class Result(NamedTuple):
+    """What came of a run."""
+
+    code: int
+    output: str
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    """Return a function that lets five messages be sent, and returns what came of it."""
+
+    def run(*arguments: str, **variables: str) -> Result:
+        running = start(*STANDALONE, *arguments, **variables)
+        return Result(running.ends(), running.output)
+
+    return run
 
 
 def test_five_messages_that_come_back_are_five_lines_a_summary_and_code_0(
-    start: Start, serve: Serve
+    run: Run, serve: Serve
 ) -> None:
-    received: list[bytes] = []
-
-    def server(connection: socket.socket) -> None:
-        for line in lines(connection):
-            received.append(line)
-            connection.sendall(line + b"\n")
-
-    running = start(*STANDALONE, "127.0.0.1", str(serve(server).port))
-    assert running.ends() == 0
-    printed = running.output.splitlines()
-    assert len(printed) == 6
-    matches = [re.fullmatch(r" *(\d+) bytes +[\d.]+ ms  '\[.*'", line) for line in printed[:5]]
-    sizes = [int(match[1]) for match in matches if match]
-    assert sizes == [len(line) for line in received]
-    assert max(sizes) > 512
-    assert re.fullmatch(r"5 of 5 messages came back, median [\d.]+ ms", printed[5])
+    chat = Answers(with_the_line)
+    result = run("127.0.0.1", str(serve(chat).port))
+    assert result.code == 0
+    *messages, summary = result.output.splitlines()
+    assert len(messages) == len(chat.received) == 5
+    for message, line in zip(messages, chat.received, strict=True):
+        assert re.fullmatch(rf" *{len(line)} bytes +[\d.]+ ms  '\[.*'", message)
+    assert max(map(len, chat.received)) > 512
+    assert re.fullmatch(r"5 of 5 messages came back, median [\d.]+ ms", summary)
 
 
-def test_messages_that_do_not_come_back_are_said_and_code_1(start: Start, serve: Serve) -> None:
-    def server(connection: socket.socket) -> None:
-        for line in lines(connection):
-            connection.sendall(line[:512] + b"\n")
-
-    running = start(*STANDALONE, serve(server).address)
-    assert running.ends() == 1
-    assert "echo_response failed after" in running.output
-    assert "The echo ends before the message does." in running.output
-    assert "4 of 5 messages came back" in running.output
+def test_messages_that_do_not_come_back_are_said_and_code_1(run: Run, serve: Serve) -> None:
+    cutting = Answers(lambda line: line[:512] + b"\n")
+    result = run(serve(cutting).address)
+    assert result.code == 1
+    assert "echo_response failed after" in result.output
+    assert "The echo ends before the message does." in result.output
+    assert "4 of 5 messages came back" in result.output
 
 
-def test_no_server_is_code_1_without_a_traceback(start: Start) -> None:
-    running = start(*STANDALONE, "127.0.0.1", str(free_port()))
-    assert running.ends() == 1
-    assert running.output.count("connect failed after") == 5
-    assert "0 of 5 messages came back" in running.output and "Traceback" not in running.output
+def test_no_server_is_code_1_without_a_traceback(run: Run) -> None:
+    result = run("127.0.0.1", str(free_port()))
+    assert result.code == 1
+    assert result.output.count("connect failed after") == 5
+    assert "0 of 5 messages came back" in result.output
+    assert "Traceback" not in result.output
 
 
-def test_the_port_may_stand_in_the_environment_or_the_host(start: Start, serve: Serve) -> None:
+def test_the_port_may_stand_in_the_environment(run: Run, serve: Serve) -> None:
     server = serve(echo)
-    assert start(*STANDALONE, TCP_PORT=str(server.port)).ends() == 0
-    assert start(*STANDALONE, f"tcp://127.0.0.1:{server.port}", TCP_PORT="1").ends() == 0
-    assert start(*STANDALONE, "127.0.0.1", str(server.port), TCP_PORT="1").ends() == 0
-    assert server.opened == 3
+    assert run(TCP_PORT=str(server.port)).code == 0
+    assert server.opened == 1
 
 
-def test_the_chat_options_apply(start: Start, serve: Serve) -> None:
+def test_a_port_in_the_command_wins_over_the_environment(run: Run, serve: Serve) -> None:
+    server = serve(echo)
+    assert run(f"tcp://{server.address}", TCP_PORT="1").code == 0
+    assert run("127.0.0.1", str(server.port), TCP_PORT="1").code == 0
+    assert server.opened == 2
+
+
+def test_the_chat_options_apply(run: Run, serve: Serve) -> None:
+    """The server answers with a length prefix and what it got, in capitals."""
+
     def server(connection: socket.socket) -> None:
         while data := connection.recv(65536):
             connection.sendall(len(data).to_bytes(4, "big") + data.upper())
 
-    port = str(serve(server).port)
     options = ("--chat-framing=>I", "--chat-echo=any", "--chat-timeout=60")
-    running = start(*STANDALONE, "127.0.0.1", port, *options)
-    assert running.ends() == 0
-    assert "HELLO, EVERYONE!" in running.output
-    nothing = start(*STANDALONE, "127.0.0.1", port, "--chat-echo=none")
-    assert nothing.ends() == 0
-    assert "5 of 5 messages sent" in nothing.output
+    result = run(serve(server).address, *options)
+    assert result.code == 0
+    assert "HELLO, EVERYONE!" in result.output
 
 
-def test_bytes_from_the_server_are_escaped(start: Start, serve: Serve) -> None:
-    def server(connection: socket.socket) -> None:
-        for _ in lines(connection):
-            connection.sendall(b"\x1b[31mred\x07\x00\xff\xe2\x80\xae" + b"x" * 5000 + b"\n")
-
-    running = start(*STANDALONE, serve(server).address, "--chat-echo=any")
-    assert running.ends() == 0
-    assert "\\x1b[31mred\\x07\\x00" in running.output and "\\u202e" in running.output
-    assert not set(running.output) & set("\x1b\x07\x00\u202e")
-    assert max(map(len, running.output.splitlines())) < 150
+def test_where_no_echo_is_awaited_all_were_sent(run: Run, serve: Serve) -> None:
+    result = run(serve(silent).address, "--chat-echo=none")
+    assert result.code == 0
+    assert "5 of 5 messages sent" in result.output
 
 
-def test_a_terminal_without_unicode_is_no_obstacle(start: Start, serve: Serve) -> None:
-    running = start(*STANDALONE, serve(echo).address, PYTHONIOENCODING="ascii")
-    assert running.ends() == 0
-    assert "\\uc548\\ub155" in running.output
+def test_bytes_from_the_server_are_escaped(run: Run, serve: Serve) -> None:
+    hostile = b"\x1b[31mred\x07\x00\xff\xe2\x80\xae" + b"x" * 5000 + b"\n"
+    result = run(serve(Answers(in_turn(hostile))).address, "--chat-echo=any")
+    assert result.code == 0
+    assert "\\x1b[31mred\\x07\\x00" in result.output
+    assert "\\u202e" in result.output
+    assert not set(result.output) & set("\x1b\x07\x00\u202e")
+    assert max(map(len, result.output.splitlines())) < 150
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_the_echo_server_serves_until_interrupted_and_ends_quietly(start: Start) -> None:
+def test_a_terminal_without_unicode_is_no_obstacle(run: Run, serve: Serve) -> None:
+    result = run(serve(echo).address, PYTHONIOENCODING="ascii")
+    assert result.code == 0
+    assert "\\uc548\\ub155" in result.output
+
+
+def test_the_echo_server_serves_until_interrupted_and_ends_quietly(start: Start, run: Run) -> None:
     port = str(free_port())
     server = start(*STANDALONE, "--echo-server", "127.0.0.1", port)
     server.prints("Ctrl-C ends it")
-    assert start(*STANDALONE, "127.0.0.1", port).ends() == 0
-    assert start(*STANDALONE, "127.0.0.1", port, "--chat-framing=<H").ends() == 0
+    assert run("127.0.0.1", port).code == 0
+    assert run("127.0.0.1", port, "--chat-framing=<H").code == 0
     server.process.send_signal(signal.SIGINT)
     assert server.ends() == 130
     assert server.output == f"echo server on 127.0.0.1:{port}, Ctrl-C ends it\n"
 
 
 def test_an_interrupt_ends_the_five_messages_quietly(start: Start, serve: Serve) -> None:
-    server = serve(lambda connection: [None for _ in lines(connection)])
+    server = serve(silent)
     running = start(*STANDALONE, server.address, "--chat-timeout=60")
     wait_until(lambda: server.open == 1)
     running.process.send_signal(signal.SIGINT)
@@ -118,20 +144,13 @@ def test_an_interrupt_ends_the_five_messages_quietly(start: Start, serve: Serve)
     assert running.output == ""
 
 
-def test_help_shows_the_options_with_their_environment_variables(start: Start) -> None:
+def test_help_shows_the_options_with_their_environment_variables(run: Run) -> None:
     """``locust --help`` cannot: Locust prints it before it reads a locustfile."""
-    running = start(*STANDALONE, "--help")
-    assert running.ends() == 0
-    text = " ".join(running.output.split())
-    for option in (
-        "tcp-port",
-        "chat-framing",
-        "chat-echo",
-        "chat-timeout",
-        "chat-wait",
-        "chat-rate",
-        "chat-source",
-    ):
+    result = run("--help")
+    assert result.code == 0
+    text = " ".join(result.output.split())
+    for option in OPTIONS:
+        variable = option.upper().replace("-", "_")
         assert re.search(rf"--{option} <\w+>", text)
-        assert f"[env var: {option.upper().replace('-', '_')}]" in text
+        assert f"[env var: {variable}]" in text
     assert "--echo-server" in text

@@ -6,85 +6,27 @@ import importlib.util
 import random
 import re
 import socket
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import gevent
 import pytest
-from locust import User, constant, events, stats, task
+from gevent.event import Event
+from locust import constant, events, stats, task
 from locust.env import Environment
 from locust.event import Events
-from locust.stats import StatsEntry
 from programs import ROOT, wait_until
-from servers import Server, echo, free_port, lines
+from rows import Run
+from servers import Server, echo, echo_after, free_port, lines, silent
 
 from locustfile import LONG_TEXTS, SHORT_TEXTS, VERY_LONG_TEXTS, ChatClient, bucket_response_time
 
 Serve = Callable[..., Server]
-
-
-class Run:
-    """A Locust run of one user class against a host, with options as the command line has them."""
-
-    def __init__(self, user_class: type[User], host: str, users: int, **options: str) -> None:
-        self.environment = Environment(
-            user_classes=[user_class],
-            host=host,
-            events=Events(),
-            parsed_options=Namespace(**options),
-        )
-        self.runner = self.environment.create_local_runner()
-        self.runner.start(users, spawn_rate=users)
-
-    def row(self, name: str) -> StatsEntry:
-        """Return the statistics of the request events of that name."""
-        return self.environment.stats.get(name, "TCP")
-
-    def count(self, name: str) -> int:
-        """Return the number of request events of that name."""
-        return self.row(name).num_requests
-
-    @property
-    def errors(self) -> set[str]:
-        """The failures, each once, as ``name: error``."""
-        return {
-            f"{error.name}: {error.error!r}" for error in self.environment.stats.errors.values()
-        }
-
-
 RunUsers = Callable[..., Run]
 
 
-@pytest.fixture
-def run() -> Iterator[RunUsers]:
-    """Return a function that starts a run; it is ended after the test."""
-    runs: list[Run] = []
-
-    def start(user_class: type[User], host: str, users: int = 1, **options: str) -> Run:
-        runs.append(Run(user_class, host, users, **options))
-        return runs[-1]
-
-    yield start
-    for started in runs:
-        started.runner.quit()
-
-
-def silent(connection: socket.socket) -> None:
-    """Read and never answer."""
-    for _ in lines(connection):
-        pass
-
-
-def slow(connection: socket.socket) -> None:
-    """Send each line back after a moment."""
-    for line in lines(connection):
-        gevent.sleep(0.05)
-        connection.sendall(line + b"\n")
-
-
 def test_what_the_client_counted_as_sent_is_what_the_server_counted_as_received(
-    serve: Serve, run: RunUsers
+    serve: Serve, run_users: RunUsers
 ) -> None:
     received: Counter[str] = Counter()
 
@@ -94,8 +36,8 @@ def test_what_the_client_counted_as_sent_is_what_the_server_counted_as_received(
             connection.sendall(line + b"\n")
 
     server = serve(counting)
-    chat = run(ChatClient, server.address, users=20, chat_wait="0")
-    wait_until(lambda: chat.count("echo_response") > 2000)
+    chat = run_users(ChatClient, server.address, users=20, chat_wait="0")
+    wait_until(lambda: chat.count("echo_response") > 300)
     chat.runner.stop()
     wait_until(lambda: server.open == 0)
     assert chat.count("send_chat") == received["lines"]
@@ -133,7 +75,7 @@ def test_the_messages_are_korean_and_latin_and_hold_emoji() -> None:
         assert re.search(kind, everything)
 
 
-def test_a_scenario_is_one_more_task_method(serve: Serve, run: RunUsers) -> None:
+def test_a_scenario_is_one_more_task_method(serve: Serve, run_users: RunUsers) -> None:
     """The README's example: a command, answered with a text of the server's own."""
     received: list[bytes] = []
 
@@ -149,19 +91,19 @@ def test_a_scenario_is_one_more_task_method(serve: Serve, run: RunUsers) -> None
             command = f"/command special_{random.randint(1, 100)}"
             self.client.send_chat(command)
 
-    chat = run(WithCommand, serve(server).address, users=5, chat_wait="0")
-    wait_until(lambda: chat.count("echo_response") > 500)
+    chat = run_users(WithCommand, serve(server).address, users=5, chat_wait="0")
+    wait_until(lambda: chat.count("echo_response") > 200)
     assert not chat.errors
     commands = [line for line in received if line.startswith(b"/")]
+    assert 0 < len(commands) < len(received)
     assert all(re.fullmatch(rb"/command special_\d{1,3}", line) for line in commands)
-    assert 0.1 < len(commands) / len(received) < 0.5  # 3 of 11
 
 
 def test_users_carry_on_when_the_server_is_killed_and_started_again(
-    serve: Serve, run: RunUsers
+    serve: Serve, run_users: RunUsers
 ) -> None:
     server = serve(echo)
-    chat = run(ChatClient, server.address, users=10, chat_wait="0.05")
+    chat = run_users(ChatClient, server.address, users=10, chat_wait="0.05")
     wait_until(lambda: chat.count("echo_response") > 50)
     server.stop()
     wait_until(lambda: any("ConnectionRefused" in error for error in chat.errors))
@@ -173,7 +115,7 @@ def test_users_carry_on_when_the_server_is_killed_and_started_again(
 
 
 def test_a_server_that_drops_connections_shows_as_disconnects_and_users_come_back(
-    serve: Serve, run: RunUsers
+    serve: Serve, run_users: RunUsers
 ) -> None:
     def server(connection: socket.socket) -> None:
         for number, line in enumerate(lines(connection)):
@@ -182,7 +124,7 @@ def test_a_server_that_drops_connections_shows_as_disconnects_and_users_come_bac
                 break
 
     dropping = serve(server)
-    chat = run(ChatClient, dropping.address, users=5, chat_wait="0.02")
+    chat = run_users(ChatClient, dropping.address, users=5, chat_wait="0.02")
     wait_until(lambda: dropping.opened > 30)
     wait_until(lambda: chat.row("disconnect").num_failures > 10)
     assert chat.errors <= {
@@ -193,10 +135,10 @@ def test_a_server_that_drops_connections_shows_as_disconnects_and_users_come_bac
 
 
 def test_lowering_the_user_count_closes_the_connections_of_those_who_leave(
-    serve: Serve, run: RunUsers
+    serve: Serve, run_users: RunUsers
 ) -> None:
-    server = serve(slow)
-    chat = run(ChatClient, server.address, users=8, chat_wait="0")
+    server = serve(echo_after(0.05))
+    chat = run_users(ChatClient, server.address, users=8, chat_wait="0")
     wait_until(lambda: server.open == 8 and chat.count("echo_response") > 20)
     chat.runner.start(3, spawn_rate=10)
     wait_until(lambda: server.open == 3)
@@ -205,10 +147,10 @@ def test_lowering_the_user_count_closes_the_connections_of_those_who_leave(
     assert not chat.errors
 
 
-def test_messages_in_flight_at_the_stop_are_not_failures(serve: Serve, run: RunUsers) -> None:
+def test_messages_in_flight_at_the_stop_are_not_failures(serve: Serve, run_users: RunUsers) -> None:
     received: list[bytes] = []
     server = serve(lambda connection: received.extend(lines(connection)))
-    chat = run(ChatClient, server.address, users=5, chat_wait="0", chat_timeout="60")
+    chat = run_users(ChatClient, server.address, users=5, chat_wait="0", chat_timeout="60")
     wait_until(lambda: len(received) == 5)
     chat.runner.stop()
     wait_until(lambda: server.open == 0)
@@ -217,87 +159,76 @@ def test_messages_in_flight_at_the_stop_are_not_failures(serve: Serve, run: RunU
     assert not chat.errors
 
 
-def test_with_a_stop_timeout_messages_in_flight_are_finished(serve: Serve, run: RunUsers) -> None:
+def test_with_a_stop_timeout_messages_in_flight_are_finished(
+    serve: Serve, run_users: RunUsers
+) -> None:
     received: list[bytes] = []
+    stopping = Event()
 
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
             received.append(line)
-            gevent.sleep(0.1)
+            stopping.wait()
             connection.sendall(line + b"\n")
 
-    chat = run(ChatClient, serve(server).address, users=10, chat_wait="0", stop_timeout="60")
-    wait_until(lambda: chat.count("echo_response") > 30)
+    chat = run_users(ChatClient, serve(server).address, users=10, chat_wait="0", stop_timeout=60)
+    chat.environment.events.test_stopping.add_listener(lambda **_: stopping.set())
+    wait_until(lambda: len(received) == 10)
     chat.runner.stop()
     assert chat.count("echo_response") == chat.count("send_chat") == len(received)
     assert not chat.errors
 
 
-def test_in_open_loop_a_stop_timeout_covers_the_messages_that_nobody_waits_for(
-    serve: Serve, run: RunUsers
+@pytest.mark.parametrize(
+    "loop", [{"chat_wait": "0"}, {"chat_rate": "1000"}], ids=["closed", "open"]
+)
+def test_against_a_dead_port_a_user_makes_few_attempts_and_sends_nothing(
+    run_users: RunUsers, loop: dict[str, str]
 ) -> None:
-    received: list[bytes] = []
-
-    def server(connection: socket.socket) -> None:
-        for line in lines(connection):
-            received.append(line)
-            gevent.sleep(0.2)
-            connection.sendall(line + b"\n")
-
-    chat = run(
-        ChatClient, serve(server).address, chat_rate="20", chat_timeout="60", stop_timeout="60"
-    )
-    wait_until(lambda: len(received) > chat.count("echo_response") + 1 > 1)
-    chat.runner.stop()
-    wait_until(lambda: chat.count("echo_response") == chat.count("send_chat"))
-    assert chat.count("send_chat") == len(received)
-    assert not chat.errors
-
-
-def test_at_no_wait_against_a_dead_port_a_user_makes_few_attempts(run: RunUsers) -> None:
-    chat = run(ChatClient, f"127.0.0.1:{free_port()}", users=20, chat_wait="0")
+    chat = run_users(ChatClient, f"127.0.0.1:{free_port()}", users=20, **loop)
     wait_until(lambda: chat.row("connect").num_failures >= 20)
-    gevent.sleep(3)
-    # About 8 each in 3 s, as the pauses grow; thousands without pauses.
+    gevent.sleep(0.5)
+    # About 5 each in this time, as the pauses grow; hundreds without pauses.
     assert chat.row("connect").num_failures <= 20 * 20
+    assert chat.count("send_chat") == 0
     assert chat.errors == {"connect: ConnectionRefusedError(111, 'Connection refused')"}
 
 
-def test_a_hundred_silent_servers_fail_in_one_group_after_the_timeout(
-    serve: Serve, run: RunUsers
+def test_users_of_a_silent_server_fail_in_one_group_at_the_timeout(
+    serve: Serve, run_users: RunUsers
 ) -> None:
     server = serve(silent)
-    chat = run(ChatClient, server.address, users=100, chat_wait="0", chat_timeout="0.5")
-    wait_until(lambda: chat.count("echo_response") >= 200)
+    chat = run_users(ChatClient, server.address, users=20, chat_wait="0", chat_timeout="1")
+    wait_until(lambda: chat.count("echo_response") >= 20)
     assert chat.errors == {"echo_response: EchoTimeout('No echo came within the time-out.')"}
-    assert (chat.row("echo_response").min_response_time or 0) >= 500
-    assert server.opened == 100
+    assert (chat.row("echo_response").min_response_time or 0) >= 1000
+    assert server.opened == 20
 
 
-def test_a_user_connects_before_it_has_anything_to_say(serve: Serve, run: RunUsers) -> None:
+def test_a_user_connects_before_it_has_anything_to_say(serve: Serve, run_users: RunUsers) -> None:
     class Silent(ChatClient):
         tasks = [lambda user: gevent.sleep(60)]  # noqa: RUF012  # as Locust documents it
 
     server = serve(echo)
-    chat = run(Silent, server.address)
+    chat = run_users(Silent, server.address)
     wait_until(lambda: server.open == 1)
     wait_until(lambda: chat.count("connect") == 1)
 
 
 def test_a_user_whose_own_on_start_forgets_to_connect_still_chats(
-    serve: Serve, run: RunUsers
+    serve: Serve, run_users: RunUsers
 ) -> None:
     class Forgetful(ChatClient):
         def on_start(self) -> None:
             pass
 
-    chat = run(Forgetful, serve(echo).address, chat_wait="0")
+    chat = run_users(Forgetful, serve(echo).address, chat_wait="0")
     wait_until(lambda: chat.count("echo_response") > 10)
     assert not chat.errors
 
 
 def test_a_login_is_made_on_every_connection_and_has_a_row_of_its_own(
-    serve: Serve, run: RunUsers
+    serve: Serve, run_users: RunUsers
 ) -> None:
     first_lines: list[bytes] = []
 
@@ -315,7 +246,7 @@ def test_a_login_is_made_on_every_connection_and_has_a_row_of_its_own(
         def on_connect(self) -> None:
             self.client.send_chat("/login", echo="any")
 
-    chat = run(Member, serve(server).address)
+    chat = run_users(Member, serve(server).address)
     wait_until(lambda: len(first_lines) > 3 and chat.count("login") > 3)
     assert set(first_lines) == {b"/login"}
     assert chat.count("connect") >= len(first_lines)
@@ -330,9 +261,9 @@ def test_a_login_is_made_on_every_connection_and_has_a_row_of_its_own(
     ],
 )
 def test_a_wrong_setting_typed_into_the_web_ui_is_a_failed_connect_that_says_it(
-    run: RunUsers, host: str, options: dict[str, str], instead: str
+    run_users: RunUsers, host: str, options: dict[str, str], instead: str
 ) -> None:
-    chat = run(ChatClient, host, **options)
+    chat = run_users(ChatClient, host, **options)
     wait_until(lambda: chat.row("connect").num_failures > 1)
     (error,) = chat.errors
     assert error.startswith("connect: SettingError(")
@@ -357,13 +288,14 @@ def test_two_significant_digits_below_10_ms_and_locusts_own_buckets_above() -> N
     assert stats.bucket_response_time is bucket_response_time
 
 
-def test_percentiles_of_a_fast_server_are_told_apart(serve: Serve, run: RunUsers) -> None:
-    chat = run(ChatClient, serve(echo).address, chat_wait="0")
-    wait_until(lambda: chat.count("echo_response") > 300)
-    row = chat.row("echo_response")
-    tenth, median, ninetieth = (row.get_response_time_percentile(p) for p in (0.1, 0.5, 0.9))
-    assert 0 < tenth <= median <= ninetieth
-    assert tenth < ninetieth
+def test_percentiles_below_a_millisecond_are_told_apart() -> None:
+    seen = stats.RequestStats()
+    for response_time in (0.0512, 0.131, 0.272):
+        # It takes a float as well, as Locust's own clients give it.
+        seen.log_request("TCP", "echo_response", response_time, 0)  # type: ignore[arg-type]
+    row = seen.get("echo_response", "TCP")
+    percentiles = [row.get_response_time_percentile(part) for part in (0.1, 0.5, 0.9)]
+    assert percentiles == [0.051, 0.13, 0.27]
 
 
 def test_the_charts_show_percentiles_above_the_median() -> None:

@@ -7,18 +7,16 @@ import locust  # isort: skip  # noqa: F401  # replaces blocking calls with geven
 import argparse
 import ast
 import shlex
-import signal
 import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from locust.argument_parser import get_parser
 from locust.env import Environment
-from programs import LOCUST, ROOT, Program, wait_until
-from servers import Server, echo, free_port, lines, silent
+from programs import LOCUST, ROOT, Program, WebUI, bus_options, wait_until
+from servers import Answers, Server, echo, in_turn, lines, silent, with_the_line
 
 import locustfile
 
@@ -229,22 +227,19 @@ class Member(locustfile.ChatClient):
 def test_a_server_that_refuses_every_login_fails(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
-    def server(connection: socket.socket) -> None:
-        for _ in lines(connection):
-            connection.sendall(b"wrong password\n")
-
     member = tmp_path / "member.py"
     member.write_text(LOGIN)
     files = ("-f", f"{member},plugins/verdict.py")
     limits = ("--chat-max-fail-ratio=0.9", GENEROUS)
-    running = start(*LOCUST, *files, f"--host={serve(server).address}", *SHORT, *limits)
+    server = serve(Answers(in_turn(b"wrong password\n")))
+    running = start(*LOCUST, *files, f"--host={server.address}", *SHORT, *limits)
     assert running.ends() == 1
     (line,) = verdicts(running.output)
     assert line.startswith("locust: verdict failed: ")
     assert line.endswith("no echo came")
 
 
-def test_a_server_that_disconnects_everybody_after_40_messages_fails_two_processes_too(
+def test_a_server_that_disconnects_everybody_after_40_messages_fails(
     start: Start, serve: Serve
 ) -> None:
     def server(connection: socket.socket) -> None:
@@ -253,15 +248,13 @@ def test_a_server_that_disconnects_everybody_after_40_messages_fails_two_process
             if number == 40:
                 return
 
-    bus = free_port()
-    options = f"--processes=2 --master-bind-port={bus} --master-port={bus} --run-time=10m"
-    limits = ("--chat-max-fail-ratio=0.01", GENEROUS)
     listening = serve(server)
+    limits = ("--chat-max-fail-ratio=0.01", GENEROUS)
     host = f"--host={listening.address}"
-    running = start(*LOCUST, *FILES, host, *SHORT, *options.split(), *limits)
+    endless = ("--run-time=10m", "--chat-wait=0")
+    running = start(*LOCUST, *FILES, host, *SHORT, *endless, *limits)
     wait_until(lambda: listening.opened > 20)
-    running.process.send_signal(signal.SIGTERM)
-    assert running.ends() == 1
+    assert running.stop() == 1
     (line,) = verdicts(running.output)
     assert line.startswith("locust: verdict failed: fail ratio 0.02")  # one of 41
     assert "no echo came" not in line
@@ -280,28 +273,16 @@ def test_a_server_that_never_answers_fails(start: Start, serve: Serve) -> None:
 def test_the_master_judges_with_the_last_reports_of_a_worker_that_has_its_files_from_it(
     start: Start, serve: Serve
 ) -> None:
-    received: list[bytes] = []
-
-    def server(connection: socket.socket) -> None:
-        for line in lines(connection):
-            received.append(line)
-            connection.sendall(line + b"\n")
-
-    bus = str(free_port())
-    listening = serve(server)
-    worker = start(*LOCUST, "-f", "-", "--worker", f"--master-port={bus}")
+    chat = Answers(with_the_line)
+    bus = bus_options()
+    host = f"--host={serve(chat).address}"
+    worker = start(*LOCUST, "-f", "-", "--worker", *bus)
     options = "--headless --expect-workers=1 --users=2 --spawn-rate=9 --chat-wait=0.1"
     files = ("-f", "locustfile.py,plugins/delivery.py,plugins/verdict.py", "RoomClient")
-    master = start(
-        *LOCUST,
-        *files,
-        *("--master", f"--master-bind-port={bus}", f"--host={listening.address}"),
-        *options.split(),
-        "--chat-max-p95=0.001",
-    )
-    wait_until(lambda: len(received) > 5)  # of which the master, told every 3 s, may know nothing
-    master.process.send_signal(signal.SIGTERM)
-    assert (master.ends(), worker.ends()) == (1, 0)
+    limit = "--chat-max-p95=0.001"
+    master = start(*LOCUST, *files, "--master", *bus, host, *options.split(), limit)
+    wait_until(lambda: len(chat.received) > 5)  # the master hears every 3 s
+    assert (master.stop(), worker.ends()) == (1, 0)
     (line,) = verdicts(master.output)
     assert line.startswith("locust: verdict failed: 95th percentile ")
     assert "no echo came" not in line
@@ -309,35 +290,27 @@ def test_the_master_judges_with_the_last_reports_of_a_worker_that_has_its_files_
 
 
 def test_limits_from_the_form_of_the_web_ui(start: Start, serve: Serve) -> None:
-    port = free_port()
-    options = (f"--host={serve(echo).address}", "--web-host=127.0.0.1", f"--web-port={port}")
-    running = start(*LOCUST, *FILES, *options, "--chat-wait=0.02")
-    running.prints("Starting web interface")
-    form = {"user_count": "2", "spawn_rate": "9", "chat_max_p95": "60000"}
-    wait_until(lambda: asked(port, "swarm", urllib.parse.urlencode(form).encode()))
-    wait_until(lambda: b'"name":"echo_response"' in asked(port, "stats/requests"))
-    running.process.send_signal(signal.SIGTERM)
-    assert running.ends() == 0
+    web_ui = WebUI()
+    host = f"--host={serve(echo).address}"
+    running = start(*LOCUST, *FILES, *web_ui.options, host, "--chat-wait=0.02")
+    web_ui.swarm(chat_max_p95="60000")
+    wait_until(web_ui.has_echoes)
+    assert running.stop() == 0
     (line,) = verdicts(running.output)
     assert line.startswith("locust: verdict passed: 95th percentile ")
 
 
-def asked(port: int, path: str, data: bytes | None = None) -> bytes:
-    """Return what the web UI answers, without spaces; nothing while it is not there yet."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", data, 60) as response:
-            return bytes(response.read()).replace(b" ", b"")
-    except OSError:
-        return b""
-
-
-def test_wrong_limits_are_one_line_that_says_what_to_write_instead(start: Start) -> None:
-    ratio = start(*LOCUST, *FILES, "--headless", "--chat-max-fail-ratio=2")
-    p95 = start(*LOCUST, *FILES, "--headless", CHAT_MAX_P95="fast")
-    assert (ratio.ends(), p95.ends()) != (0, 0)
-    assert ratio.output.splitlines() == [
-        "locust: error: argument --chat-max-fail-ratio: '2' will not do: write 0 to 1, such as 0.01"
-    ]
-    assert p95.output.splitlines() == [
-        "locust: error: argument --chat-max-p95: 'fast' will not do: write ms above 0, such as 200"
-    ]
+@pytest.mark.parametrize(
+    ("option", "value", "instead"),
+    [
+        ("chat-max-fail-ratio", "2", "0 to 1, such as 0.01"),
+        ("chat-max-p95", "fast", "ms above 0, such as 200"),
+    ],
+)
+def test_a_wrong_limit_is_one_line_that_says_what_to_write_instead(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, instead: str
+) -> None:
+    with pytest.raises(SystemExit):
+        get_parser(default_config_files=[]).parse_args([f"--{option}={value}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": error: argument --{option}: {value!r} will not do: write {instead}")
