@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from operator import sub
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -28,19 +29,24 @@ from peers import Tcpkali, Tsung, installed_peers
 from table import NO_LIMIT, Row
 
 MISSING = "not on this machine"
+DISTURBED = 0.2  # of a processor: a window in which other processes took more is named
 
 
 def describe(windows: Sequence[Look]) -> str:
     """Return messages a second and processor time a message."""
-    rate = median([each.rate for each in windows])
-    cost = median([each.cost for each in windows])
+    rate = median(each.rate for each in windows)
+    cost = median(each.cost for each in windows)
     return f"{rate:,.0f}/s at {cost:.1f} µs"
 
 
 def others(windows: Sequence[Look]) -> str:
-    """Return what other processes did meanwhile."""
-    most = max(0.0, *(window.others for window in windows))
-    return f"other processes up to {most:.0%} of a processor"
+    """Return what other processes did meanwhile, and whether that was too much."""
+    taken = [window.others for window in windows]
+    text = f"other processes up to {max(0, *taken):.0%} of a processor"
+    disturbed = sum(each > DISTURBED for each in taken)
+    if not disturbed:
+        return text
+    return f"disturbed: {text}, over {DISTURBED:.0%} in {disturbed} of {len(taken)} windows"
 
 
 def event_cost(bench: Bench) -> float:
@@ -114,7 +120,8 @@ def throughput_row(
     own, other = windows["ours"], windows[name]
     ratios = [one.rate / another.rate for one, another in zip(own, other, strict=True)]
     busy = max(window.server / window.seconds for window in own)  # near 1, it is the bottleneck
-    beside = f"{describe(own)} to {describe(other)}; server {busy:.0%} busy; {others(own + other)}"
+    compared = f"{describe(own)} to {describe(other)}"
+    beside = f"{compared}; server {busy:.0%} busy; {others(own + other)}"
     what = f"messages echoed a second, {users:,} users, over {name}"
     row = Row(what, ratios, "{:.2f} ×", aim, beside=beside)
     return with_what_it_takes(bench, row, own)
@@ -151,7 +158,7 @@ def thousand(bench: Bench) -> list[Row]:
 def peers(bench: Bench) -> list[Row]:
     """Processor time a message, 100 users without a pause: locustfile.py, Tsung, tcpkali."""
     if "Tsung" not in installed_peers():
-        return []
+        raise BenchmarkError("Tsung is not on this machine: apt install tsung")
     windows = run_in_turn(bench, installed_peers(), 100, seconds=0.8)
     own, other = windows["ours"], windows["Tsung"]
     ratios = [another.cost / one.cost for one, another in zip(own, other, strict=True)]
@@ -161,7 +168,8 @@ def peers(bench: Bench) -> list[Row]:
         f"tcpkali, which neither waits for echoes nor checks them: {in_c}"
     )
     what = "messages for a second of processor time, 100 users, over Tsung"
-    return [with_what_it_takes(bench, Row(what, ratios, "{:.2f} ×", 1.0, beside=beside), own)]
+    row = Row(what, ratios, "{:.2f} ×", 1.0, beside=beside)
+    return [with_what_it_takes(bench, row, own)]
 
 
 # ----------------------------------------------------------------------------------- round trips
@@ -192,7 +200,8 @@ def latency(bench: Bench) -> list[Row]:
             late_us = generator.servers[0].counters()["late_us"]
             generator.finish_clean()
             ended.append(Paced(window, generator.percentiles(), late_us))
-    rows = [*true_rows(CLOSED, runs[CLOSED]), *true_rows(OPEN, runs[OPEN])]
+    rows = true_rows(CLOSED, runs[CLOSED])
+    rows += true_rows(OPEN, runs[OPEN])
     if installed_peers():
         rows += beside_rows(runs)
     return [*rows, sent_row(users * RATE, runs)]
@@ -204,11 +213,39 @@ def true_rows(loop: str, runs: Sequence[Paced]) -> list[Row]:
     for share, least, most in ((0, 19.95, 20.05), (50, -NO_LIMIT, 20.4), (99, -NO_LIMIT, 22)):
         values = [run.percentiles[share] for run in runs]
         what = f"round trip where 20 ms is true, {loop}, {NAMES[share]}"
-        rows.append(Row(what, values, "{:.2f} ms", least, most))
+        row = Row(what, values, "{:.2f} ms", least, most)
+        rows.append(row._replace(beside=calmest(row, runs)))
     windows = [run.window for run in runs]
+    beside = f"{describe(windows)}; {server_late(runs)}; {others(windows)}"
+    rows[0] = rows[0]._replace(beside=joined(beside, rows[0].beside))
+    return rows
+
+
+def server_late(runs: Sequence[Paced]) -> str:
+    """Return how late the server itself was."""
     late_us = median([run.late_us for run in runs])
-    beside = f"{describe(windows)}; the server is {late_us:.0f} µs late; {others(windows)}"
-    return [rows[0]._replace(beside=beside), *rows[1:]]
+    return f"the server is {late_us:.0f} µs late"
+
+
+def joined(*texts: str) -> str:
+    """Return those texts that are not empty as one."""
+    return "; ".join(filter(None, texts))
+
+
+def calmest(row: Row, runs: Sequence[Paced]) -> str:
+    """Return nothing; where the aim is missed, what the machine and the server had to do with it.
+
+    :param runs: that gave the values of the row, in their order
+    """
+    if row.is_reached:
+        return ""
+    taken = [max(0, run.window.others) for run in runs]
+    least = min(taken)
+    value = row.form.format(row.values[taken.index(least)])
+    return (
+        f"missed while other processes took up to {max(taken):.0%} of a processor, and "
+        f"{server_late(runs)}: in the run in which they took least, {least:.0%}, it is {value}"
+    )
 
 
 def sent_row(due: int, runs: dict[str, list[Paced]]) -> Row:
@@ -223,10 +260,14 @@ def beside_rows(runs: dict[str, list[Paced]]) -> list[Row]:
     rows = []
     for share in (50, 99):
         values = {name: [run.percentiles[share] for run in ended] for name, ended in runs.items()}
-        best = min(median(values[name]) for name in installed_peers())
-        what = f"the same, {NAMES[share]}, no worse than Tsung and tcpkali"
-        beside = of_peers(values, "{:.1f} ms")
-        rows.append(Row(what, values[OPEN], "{:.1f} ms", most=best, beside=beside))
+        medians = {name: median(values[name]) for name in installed_peers()}
+        best = min(medians, key=medians.__getitem__)
+        what = f"open loop, {NAMES[share]}, no worse than {' and '.join(medians)}"
+        row = Row(what, values[OPEN], "{:.1f} ms", most=medians[best])
+        parts = [of_peers(values, "{:.1f} ms"), calmest(row, runs[OPEN])]
+        if best == "tcpkali" and not row.is_reached:
+            parts.append("tcpkali is in C and keeps no account of single messages")
+        rows.append(row._replace(beside=joined(*parts)))
     return rows
 
 
@@ -260,7 +301,8 @@ def stall(bench: Bench) -> list[Row]:
             generator.finish_clean()
             seen[name].append(generator.percentiles()[75] / 1000)
     what = "round trip where the server stands still 2 s of every 4, open loop, 75th percentile"
-    return [Row(what, seen[OPEN], "{:.3f} s", 0.95, 1.05, of_peers(seen, "{:.3f} s"))]
+    beside = of_peers(seen, "{:.3f} s")
+    return [Row(what, seen[OPEN], "{:.3f} s", 0.95, 1.05, beside)]
 
 
 # -------------------------------------------------------------------------------------- delivery
@@ -293,7 +335,7 @@ def delivery(bench: Bench) -> list[Row]:
     )
     return [
         Row(
-            "processor time for a delivery in a room of 50",
+            "processor time that plugins/delivery.py adds for a delivery, in a room of 50",
             added,
             "{:.1f} µs",
             most=10,
@@ -355,12 +397,13 @@ def growth(bench: Bench) -> list[Row]:
     for users in (most, most // 5, most // 50, most // 500):
         crowds[users] = start_crowd(bench, users, processes)
     windows: dict[int, list[Look]] = {users: [] for users in sorted(crowds)}
+    memory: dict[int, list[float]] = {users: [] for users in windows}
     for _ in range(bench.pick(10, 2)):
         before = {users: locust.look() for users, locust in crowds.items()}
         time.sleep(bench.pick(4, 1))
         for users, locust in crowds.items():
             windows[users].append(locust.look().since(before[users]))
-    memory = {users: (resident(locust) - base) / users for users, locust in crowds.items()}
+            memory[users].append((resident(locust) - base) / users)
     check_all_active(crowds[most])
     for locust in crowds.values():
         locust.finish_clean()
@@ -385,26 +428,31 @@ def capacity_row(bench: Bench, users: int, processes: int, windows: list[Look]) 
     return Row(what, [processes], "{:.0f}", most=2, beside=beside)
 
 
-def cost_row(costs: dict[int, list[float]]) -> Row:
-    """Compare the processor time a message of most users with that of fewest."""
-    fewest, most = min(costs), max(costs)
-    ratios = [many / few for many, few in zip(costs[most], costs[fewest], strict=True)]
-    each = ", ".join(f"{users:,} users {median(costs[users]):.0f}" for users in costs)
-    beside = f"{each} µs: all that the run uses, Locust's master and its waiting included"
-    what = f"processor time a message, {most:,} users over {fewest:,}"
+def flat_row(what: str, figures: dict[int, list[float]], beside: str) -> Row:
+    """Compare the figures of most users with the smallest, whatever number of users has it."""
+    medians = {users: median(values) for users, values in figures.items()}
+    most = max(medians)
+    smallest = min(medians, key=medians.__getitem__)
+    ratios = [many / few for many, few in zip(figures[most], figures[smallest], strict=True)]
+    what = f"{what}, {most:,} users over {smallest:,}, where it is smallest"
     return Row(what, ratios, "{:.2f} ×", most=1.5, beside=beside)
 
 
-def memory_row(memory: dict[int, float], picture: str) -> Row:
-    """Compare the memory a user of most users with that of a fifth of them."""
-    most = max(memory)
-    each = ", ".join(f"{users:,} users {memory[users]:.1f}" for users in sorted(memory))
+def cost_row(costs: dict[int, list[float]]) -> Row:
+    """Compare the processor time a message."""
+    each = ", ".join(f"{users:,} users {median(costs[users]):.0f}" for users in costs)
+    beside = f"{each} µs: all that the run uses, Locust's master and its waiting included"
+    return flat_row("processor time a message", costs, beside)
+
+
+def memory_row(memory: dict[int, list[float]], picture: str) -> Row:
+    """Compare the memory a user."""
+    each = ", ".join(f"{users:,} users {median(memory[users]):.1f}" for users in memory)
     beside = f"{each} KB over a run with a user in each process; {picture}"
-    what = f"resident memory a user, {most:,} users over {most // 5:,}"
-    return Row(what, [memory[most] / memory[most // 5]], "{:.2f} ×", most=1.5, beside=beside)
+    return flat_row("resident memory a user", memory, beside)
 
 
-def draw(costs: dict[int, list[float]], memory: dict[int, float]) -> str:
+def draw(costs: dict[int, list[float]], memory: dict[int, list[float]]) -> str:
     """Draw growth.png; return that it is drawn, or what it takes."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
@@ -416,7 +464,7 @@ def draw(costs: dict[int, list[float]], memory: dict[int, float]) -> str:
     left.boxplot([costs[count] for count in users], tick_labels=labels)
     left.set_title(f"Processor time a message, {TOTAL_RATE:,} messages/s in all")
     left.set_ylabel("µs")
-    right.plot(labels, [memory[count] for count in users], marker="o")
+    right.boxplot([memory[count] for count in users], tick_labels=labels)
     right.set_title("Resident memory a user")
     right.set_ylabel("KB")
     for panel in (left, right):
@@ -439,15 +487,27 @@ class Holdings(NamedTuple):
     sockets: float
 
 
-def holdings(locust: Locust) -> Holdings:
-    """Return the most of some looks within three seconds, as connections come and go."""
+def holdings(locust: Locust) -> list[Holdings]:
+    """Return some looks within three seconds, as connections come and go."""
     (process,) = locust.processes()
     looks = []
     for _ in range(11):
+        megabytes = process.memory_info().rss / 1e6
         sockets = len(process.net_connections("tcp"))
-        looks.append((process.memory_info().rss / 1e6, process.num_fds(), sockets))
+        looks.append(Holdings(megabytes, process.num_fds(), sockets))
         time.sleep(0.3)
-    return Holdings(*map(max, zip(*looks, strict=True)))
+    return looks
+
+
+def memory_course(course: dict[float, list[Holdings]]) -> str:
+    """Return the memory at each time, so that a line that flattens is seen.
+
+    :param course: what was held, by the seconds since all users were there
+    """
+    megabytes = [median([look.megabytes for look in looks]) for looks in course.values()]
+    memory = ", ".join(f"{each:.1f}" for each in megabytes)
+    times = ", ".join(f"{seconds / 60:.2g}" for seconds in course)
+    return f"{memory} MB at {times} minutes"
 
 
 def soak(bench: Bench) -> list[Row]:
@@ -459,25 +519,26 @@ def soak(bench: Bench) -> list[Row]:
     limit = seconds + 300
     locust = Locust(bench, users, [server], "--chat-rate", "1", scripts=scripts, limit=limit)
     locust.wait_until_steady()
-    time.sleep(seconds / 10)
-    before = holdings(locust)
-    time.sleep(seconds * 0.9)
-    after = holdings(locust)
+    begin = time.monotonic()
+    course = {}
+    for due in (0.1 * seconds, 0.4 * seconds, 0.7 * seconds, 1.0 * seconds):
+        time.sleep(max(0, begin + due - time.monotonic()))
+        course[due] = holdings(locust)
     deliveries = locust.finish_statistics()["delivery"]
     if deliveries["num_failures"]:
         raise BenchmarkError(f"{deliveries['num_failures']} deliveries failed")
     counted = server.counters()
-    held = f"{before.megabytes:.1f} MB, {before.files:.0f} files, {before.sockets:.0f} sockets"
     beside = (
-        f"from {held}; {seconds / 60:.1f} minutes, {counted['lines']:,.0f} messages, "
+        f"{memory_course(course)}; {counted['lines']:,.0f} messages, "
         f"{counted['accepted']:,.0f} connections, {deliveries['num_requests']:,} deliveries"
     )
-    megabytes, files, sockets = (now - then for now, then in zip(after, before, strict=True))
     what = "growth of the resident memory, open loop, with reconnects and delivery"
+    first, *_, last = course.values()
+    grown = [Holdings(*map(sub, now, then)) for now, then in zip(last, first, strict=True)]
     return [
-        Row(what, [megabytes], "{:+.1f} MB", most=1, beside=beside),
-        Row("growth of the open files", [files], "{:+.0f}", most=0),
-        Row("growth of the sockets", [sockets], "{:+.0f}", most=0),
+        Row(what, [each.megabytes for each in grown], "{:+.1f} MB", most=1, beside=beside),
+        Row("growth of the open files", [each.files for each in grown], "{:+.0f}", most=0),
+        Row("growth of the sockets", [each.sockets for each in grown], "{:+.0f}", most=0),
     ]
 
 

@@ -1,6 +1,7 @@
 """Measure locustfile.py beside other load generators.
 
-    python benchmarks/run.py                            everything, into RESULTS.md: half an hour
+    python benchmarks/run.py                            everything, into RESULTS.md, in about
+                                                        half an hour
     python benchmarks/run.py --quick                    a trial, whose figures mean nothing
     python benchmarks/run.py --only delivery            printed only
     python benchmarks/run.py --only delivery --write    its rows of RESULTS.md, made anew

@@ -105,19 +105,28 @@ def table(lines: dict[str, list[str]], names: Iterable[str]) -> str:
     return "\n".join([line(HEADS), line(["---"] * len(HEADS)), *ordered]) + "\n"
 
 
-def written_lines() -> dict[str, list[str]]:
-    """Return the lines of RESULTS.md by the comparison that made them."""
+def written_lines(introduction: str) -> dict[str, list[str]]:
+    """Return the lines of RESULTS.md by the comparison that made them.
+
+    There are none where it begins in another way: they were measured in other conditions.
+    """
     lines: dict[str, list[str]] = {}
-    if RESULTS.exists():
-        for each in RESULTS.read_text("utf-8").splitlines():
-            if match := re.match(r"\| `(\w+)` \|", each):
-                lines.setdefault(match[1], []).append(each)
+    text = RESULTS.read_text("utf-8") if RESULTS.exists() else ""
+    if not text.startswith(introduction):
+        return lines
+    for each in text.splitlines():
+        if match := re.match(r"\| `(\w+)` \|", each):
+            lines.setdefault(match[1], []).append(each)
     return lines
 
 
 def write(lines: dict[str, list[str]], names: Iterable[str]) -> None:
-    """Write RESULTS.md anew, with these lines instead of older ones of the same names."""
-    text = INTRODUCTION.format(conditions=conditions()) + table(written_lines() | lines, names)
+    """Write RESULTS.md anew, with these lines instead of older ones of the same names.
+
+    Other lines stay if they were measured in the same conditions.
+    """
+    introduction = INTRODUCTION.format(conditions=conditions())
+    text = introduction + table(written_lines(introduction) | lines, names)
     if (FOLDER / "growth.png").exists():
         text += PICTURE
     RESULTS.write_text(text, "utf-8")
