@@ -648,9 +648,9 @@ TURNS = Turns()
 class Helpers:
     """Greenlets for what may block, and so has no place on the event loop.
 
-    One does a job after the other, and where it has to wait within one, the next goes on with the
-    rest: so what does not wait costs no switch of its own. Helpers are kept, as to make a greenlet
-    takes 10 µs.
+    One helper does job after job. When a job waits for something, another helper takes those that
+    are left: so a job that does not wait costs no switch of its own. Helpers are kept, as to make a
+    greenlet takes 10 µs.
     """
 
     MOST_IDLE = 100  # greenlets kept
@@ -839,7 +839,7 @@ class Inbox:
             while self._messages:
                 self._handle(*self._next())
             self._is_handling = False
-        except BaseException:  # the user's code has ended this greenlet: another goes on
+        except BaseException:  # a kill or GreenletExit ends this greenlet, and another goes on
             HELPERS.do(self._handle_all)
             raise
 
@@ -1033,7 +1033,7 @@ class Connection:
         """
         if len(self._tagged) == 1:  # mostly so, and then mostly its echo as it was sent
             (exchange,) = self._tagged.values()
-            if payload == exchange.payload:
+            if payload == exchange.payload and exchange.expected is exchange.payload:
                 self._tagged.clear()
                 exchange.answer(payload, arrived)
                 return
@@ -1293,7 +1293,8 @@ class TCPSocketClient:
 
         :param echo: what counts as the echo of this message, instead of the client's mode; a
             function is called on the event loop, and must not block
-        :param wait: False: hand the message over and go on; its rows come with its echo
+        :param wait: False: hand the message over and go on; its rows come with its echo. None: wait
+            in closed loop and in ``on_connect``
         :param name: of the row that ends the exchange, instead of ``echo_response``, or of
             ``send_chat`` where no echo is awaited
         :returns: the echo, ``bytes`` for a ``bytes`` message; None where the exchange failed, no
@@ -1314,7 +1315,7 @@ class TCPSocketClient:
             wait = self._waits or exchange.in_login
         if wait:
             return self._exchange_and_wait(exchange)
-        exchange.at_end = self._report_apart
+        exchange.at_end = self._report_by_helper
         connection.enqueue(exchange)
         return None
 
@@ -1332,7 +1333,7 @@ class TCPSocketClient:
         return self._connection
 
     def _is_logging_in(self) -> bool:
-        """Return whether the calling greenlet is in ``on_connect``."""
+        """Return whether the calling greenlet connects: in ``on_connect``, or a listener then."""
         attempt = self._attempt
         return attempt is not None and attempt.greenlet is gevent.getcurrent()
 
@@ -1377,7 +1378,7 @@ class TCPSocketClient:
             waiter.get()
         except BaseException:  # Locust stops this user, or the task has a time-out of its own
             exchange.abandoned = True
-            exchange.at_end = self._report_apart
+            exchange.at_end = self._report_by_helper
             raise
         return self._report(exchange)
 
@@ -1421,12 +1422,12 @@ class TCPSocketClient:
             return "send_chat", exchange.name or "login"
         return "send_chat", exchange.name or "echo_response"
 
-    def _report_apart(self, exchange: Exchange) -> None:
+    def _report_by_helper(self, exchange: Exchange) -> None:
         """Report an exchange that has ended, where no greenlet waits for its end."""
-        self._do_apart(self._report, exchange)
+        self._let_helper(self._report, exchange)
 
-    def _do_apart(self, report: Callable[..., object], *arguments: object) -> None:
-        """Let a helper make a report: a listener may block, and so must not be on the loop."""
+    def _let_helper(self, report: Callable[..., object], *arguments: object) -> None:
+        """Let a helper call ``_report`` or ``_fire``: a listener may block, the event loop not."""
         self._unreported += 1
         HELPERS.do(functools.partial(self._make_report, report, *arguments))
 
@@ -1592,7 +1593,7 @@ class TCPSocketClient:
             self._back_off.reset()
         self._back_off.put_off()
         if not is_told:
-            self._do_apart(self._fire, "disconnect", 0.0, 0, error)
+            self._let_helper(self._fire, "disconnect", 0.0, 0, error)
 
 
 class FaultyClient(TCPSocketClient):

@@ -11,10 +11,11 @@ of your own put this file beside it (and first in the list of ``-f``, if you lis
 
 If ``MyUser`` is in the same file, name ``MyRoomUser`` in the command, or both run.
 
-Rows, besides those of locustfile.py: ``delivery``, from one user's sending to another's arrival.
-It has a time between users of one machine, and is only counted between machines, as their clocks
-differ. A user's own echoes are none, nor is what was said before its ``on_connect`` had ended
-(history), nor what users send within ``on_connect``. Failures of this row:
+Rows, besides those of locustfile.py: ``delivery``, from the making of one user's text (``compose``)
+to its arrival at another. It has a time between users of one machine, and is only counted between
+machines, as their clocks differ. A user's own echoes are no deliveries, nor is what was said before
+its ``on_connect`` had ended (history), nor what users send within ``on_connect``. Failures of this
+row:
 
     DeliveryLost       a later message of the same sender came, and this one did not within
                        ``--chat-timeout`` after it
@@ -28,7 +29,8 @@ anything: so compare what arrived with send_chat × (users - 1), and have the ro
 
 One line sums up at the end of a run: arrived, lost, repeated, out of order, and the reach, which
 is how many of those that had to arrive have arrived. The exit code is Locust's: 1 where any
-request failed, so where any delivery was lost, repeated or out of order; 0 also where none came.
+request failed, so where any delivery was lost, repeated or out of order; 0 also if nothing arrived
+at all.
 
 An ``on_message`` of your own that blocks for longer than the time-out makes late ones look lost.
 
@@ -37,8 +39,8 @@ stamped and nothing is counted.
 
 There are no options but one class attribute: where a sender's messages go to different people
 (private messages, changing rooms), set ``numbered = False``. The same goes for the framing
-``raw``, where a read may end within a message. A message that the server refuses is lost to the
-others. One that is none, a ping say, is left out by a ``compose`` that does not call
+``raw``, where a read may end within a message. A message that the server refuses counts as
+lost. One that is not for the room, a ping say, is left out by a ``compose`` that does not call
 ``super().compose``. Your own ``on_message``, ``is_refusal`` and ``expected`` have to call super's.
 """
 

@@ -715,7 +715,8 @@ def test_each_run_in_the_web_ui_is_summed_up_by_itself(serve: Serve, start: Star
     running = start(*LOCUST, "-f", "plugins/delivery.py", *options, cwd=ROOT)
 
     def arrived() -> list[int]:
-        return [int(count) for count in re.findall(r"delivery: (\d+) arrived", running.output)]
+        counts = re.findall(r"delivery: ([\d,]+) arrived", running.output)
+        return [int(count.replace(",", "")) for count in counts]
 
     def deliveries() -> int:
         rows = web_ui.statistics().get("stats", ())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
 
 import gevent
 import pytest
@@ -15,6 +14,7 @@ from programs import wait_until
 from rows import Rows, Run
 from servers import Answers, Server, after, greets, lines, says, silent, with_the_line
 
+import locustfile
 from locustfile import TCPChatUser, TCPSocketClient
 
 Serve = Callable[..., Server]
@@ -156,23 +156,17 @@ def test_arrived_is_when_the_message_was_read_however_late_it_is_handled(
     assert second_handled - second > 0.2
 
 
-def test_without_on_message_what_nobody_awaits_is_dropped_and_no_greenlet_made(
+def test_without_on_message_what_nobody_awaits_is_dropped_and_no_helper_asked(
     serve: Serve, connect: Connect, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user without the hook pays nothing: neither a queue nor a greenlet a message."""
-    spawned: list[object] = []
-    usual_spawn = gevent.spawn
-
-    def noted_spawn(*arguments: Any, **keywords: Any) -> gevent.Greenlet:
-        spawned.append(arguments)
-        return usual_spawn(*arguments, **keywords)
-
+    """A user without the hook pays nothing: neither a queue nor a greenlet."""
+    jobs: list[object] = []
     server = serve(Answers(lambda line: b"news\n" * 200 + line + b"\n"))
     client = connect(server.port)
     client.connect()
-    monkeypatch.setattr(gevent, "spawn", noted_spawn)
+    monkeypatch.setattr(locustfile.HELPERS, "do", jobs.append)
     assert client.send_chat("hello") is not None
-    assert not spawned
+    assert not jobs
     assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
 
 
