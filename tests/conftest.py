@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,12 @@ TIME_LIMIT = 300  # seconds for one test, far above what any takes on a busy mac
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Let pytest-timeout end a test that hangs, unless the command line sets a limit."""
+    """Let pytest-timeout end a test that hangs, unless the command line sets a limit.
+
+    A pytest that a shell has started in the background ignores Ctrl-C, and so would the programs
+    that it starts: some tests end them in this way.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("timeout", None) is None:
         config.option.timeout = TIME_LIMIT
 
