@@ -15,33 +15,24 @@ from gevent.event import Event
 from locust.event import EventHook
 from programs import wait_until
 from rows import Rows
-from servers import Handler, Server, echo, free_port, lines, silent
+from servers import (
+    Answers,
+    Handler,
+    Server,
+    after,
+    echo,
+    free_port,
+    lines,
+    says,
+    silent,
+    with_nothing,
+    with_the_line,
+)
 
 from locustfile import TCPSocketClient
 
 Serve = Callable[..., Server]
 Connect = Callable[..., TCPSocketClient]
-
-
-class Answers:
-    """A server that keeps the lines that it receives, and answers each as a function says."""
-
-    def __init__(self, answer: Callable[[bytes], bytes]) -> None:
-        self.received: list[bytes] = []
-        self._answer = answer
-
-    def __call__(self, connection: socket.socket) -> None:
-        for line in lines(connection):
-            self.received.append(line)
-            connection.sendall(self._answer(line))
-
-
-def with_nothing(line: bytes) -> bytes:
-    return b""
-
-
-def with_the_line(line: bytes) -> bytes:
-    return line + b"\n"
 
 
 def with_all_but_the_lost(line: bytes) -> bytes:
@@ -66,23 +57,6 @@ def in_any_order(count: int, shuffle: Callable[[list[bytes]], object]) -> Handle
             connection.sendall(b"".join(line + b"\n" for line in batch))
 
     return server
-
-
-def after(count: int, ending: Handler) -> Handler:
-    """Return a server that reads so many messages, and then does what another one does."""
-
-    def server(connection: socket.socket) -> None:
-        arriving = lines(connection)
-        for _ in range(count):
-            next(arriving)
-        ending(connection)
-
-    return server
-
-
-def says(text: bytes) -> Handler:
-    """Return a server that says something."""
-    return lambda connection: connection.sendall(text)
 
 
 def results(greenlets: Sequence[gevent.Greenlet]) -> list[object]:
