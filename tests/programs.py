@@ -154,6 +154,16 @@ class Program:
         self.process.send_signal(signal.SIGTERM)
         return self.ends()
 
+    def interrupt(self) -> int:
+        """Press Ctrl-C, and again where a run has not ended long after; return its exit code.
+
+        Locust drops a Ctrl-C that comes while it prints its table.
+        """
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self._reader.join(30)
+        return self.ends()
+
     def kill(self) -> None:
         """Kill the program and its children."""
         if self.process.poll() is None:
