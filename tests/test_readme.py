@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -79,8 +78,7 @@ def stopped(running: Program) -> int:
     running.prints("All users spawned")
     running.prints("echo_response")  # in the table of every two seconds
     assert quiet(running.output)  # with --run-time, gevent prints what Ctrl-C raises
-    running.process.send_signal(signal.SIGINT)
-    return running.ends()
+    return running.interrupt()
 
 
 # ---------------------------------------------------------------------------------------- commands
