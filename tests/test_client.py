@@ -450,6 +450,15 @@ def test_a_length_prefix_frames_both_ways(
     assert sent_length == struct.calcsize(name) + echo_length
 
 
+def test_an_empty_message_without_a_delimiter_is_refused_as_it_would_send_nothing(
+    serve: Serve, connect: Connect, rows: Rows
+) -> None:
+    client = connect(serve(echo).port, framing="raw")
+    with pytest.raises(ValueError, match="an empty message sends nothing"):
+        client.send_chat(b"")
+    assert rows.counts() == {"connect": 1}
+
+
 @pytest.mark.parametrize(("name", "ending"), [("line", b"o\n"), ("crlf", b"\r\n"), ("raw", b"lo")])
 def test_a_framing_ends_what_is_sent_its_own_way(
     serve: Serve, connect: Connect, name: str, ending: bytes

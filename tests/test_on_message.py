@@ -10,6 +10,8 @@ import gevent
 import pytest
 from gevent.event import Event
 from locust import constant, task
+from locust.event import EventHook
+from locust.exception import StopUser
 from programs import wait_until
 from rows import Rows, Run
 from servers import Answers, Server, after, greets, lines, says, silent, with_the_line
@@ -472,3 +474,55 @@ def test_a_reconnect_does_not_give_a_stuck_handler_a_fresh_limit(
     assert rows.counts()["echo_response: ConnectionClosed"] == 1
     client.send_chat("two")
     wait_until(lambda: any("HandlerTooSlow" in outcome for outcome in rows.counts()))
+
+
+# ------------------------------------------------------------------------- code that ends a helper
+
+
+def test_what_waits_behind_a_handler_that_is_killed_is_handled_all_the_same(
+    serve: Serve, connect: Connect
+) -> None:
+    handled: list[bytes] = []
+
+    def killed(payload: bytes, arrived: float) -> None:
+        handled.append(payload)
+        raise gevent.GreenletExit
+
+    connect(serve(says(b"one\ntwo\nthree\n")).port, on_message=killed).connect()
+    wait_until(lambda: handled == [b"one", b"two", b"three"])
+
+
+def test_what_a_listener_raises_for_a_disconnect_is_reported(
+    serve: Serve, connect: Connect, request_event: EventHook
+) -> None:
+    def refuse(name: str, **_row: object) -> None:
+        if name == "disconnect":
+            raise StopUser
+
+    errors: list[Exception] = []
+    request_event.add_listener(refuse)
+    connect(serve(says(b"bye\n")).port, report_error=errors.append).connect()
+    wait_until(lambda: [type(error) for error in errors] == [StopUser])
+
+
+def test_the_wait_for_echoes_waits_for_rows_that_a_listener_holds_up(
+    serve: Serve, connect: Connect, rows: Rows, request_event: EventHook
+) -> None:
+    is_held = Event()
+    go_on = Event()
+
+    def hold(name: str, **_row: object) -> None:
+        if name == "send_chat":
+            is_held.set()
+            go_on.wait()
+
+    request_event.add_listener(hold)
+    client = connect(serve(Answers(with_the_line)).port)
+    client.send_chat("hello", wait=False)
+    is_held.wait()
+    waiting = gevent.spawn(client.wait_for_echoes, 60)
+    gevent.sleep(0.1)
+    assert not waiting.ready()
+    go_on.set()
+    waiting.get()
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
