@@ -688,7 +688,6 @@ class Helpers:
                 return
             self._idle.append(waiter)
             waiter.get()
-            waiter.clear()
 
 
 HELPERS = Helpers()

@@ -34,6 +34,20 @@ def outcome(row: dict[str, Any]) -> str:
     return f"{name}: {type(row['exception']).__name__}"
 
 
+def fire(
+    environment: Environment, name: str, milliseconds: float, error: Exception | None = None
+) -> None:
+    """Fire a row that took so long, and failed where there is an error, as a client does."""
+    environment.events.request.fire(
+        request_type="TCP",
+        name=name,
+        response_time=milliseconds,
+        response_length=1,
+        exception=error,
+        context={},
+    )
+
+
 class Run:
     """A Locust run of one user class, in the process of the test.
 

@@ -16,6 +16,7 @@ import pytest
 from locust.argument_parser import get_parser
 from locust.env import Environment
 from programs import FREQUENT_REPORTS, LOCUST, ROOT, Program, WebUI, bus_options, wait_until
+from rows import fire
 from servers import Handler, Server, echo, lines
 
 import locustfile
@@ -52,14 +53,7 @@ class Rows:
     ) -> None:
         """Fire so many rows that succeeded, or failed with an error."""
         for _ in range(count):
-            self.environment.events.request.fire(
-                request_type="TCP",
-                name=name,
-                response_time=milliseconds,
-                response_length=1,
-                exception=error,
-                context={},
-            )
+            fire(self.environment, name, milliseconds, error)
 
     def step(
         self, users: int = 10, running: int = 10, rate: float | None = None, used: float = 0.0

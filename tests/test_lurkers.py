@@ -10,16 +10,12 @@ import shlex
 import socket
 import sys
 import textwrap
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from locust.env import Environment
-from locust.event import Events
 from programs import LOCUST, ROOT, Program, bus_options, counts_in, latest_counts, wait_until
-from rows import Rows
+from rows import Run
 from servers import Server, echo, lines
 
 import locustfile
@@ -29,7 +25,7 @@ import lurkers
 
 Serve = Callable[..., Server]
 Start = Callable[..., Program]
-Run = Callable[..., Environment]
+RunUsers = Callable[..., Run]
 
 
 class KimUser(locustfile.TCPChatUser):
@@ -56,29 +52,6 @@ def documented(name: str) -> list[str]:
     return shlex.split(re.sub(r"--users=\d+", "--users=10", command))[1:]
 
 
-@pytest.fixture
-def run(rows: Rows) -> Iterator[Run]:
-    """Return a function that runs three users of a class until the test ends."""
-    environments: list[Environment] = []
-
-    def start(user_class: type[locust.User], address: str, **options: str) -> Environment:
-        environment = Environment(
-            user_classes=[user_class],
-            host=address,
-            events=Events(),
-            parsed_options=Namespace(**options),
-        )
-        environment.events.request.add_listener(lambda **row: rows.append(row))
-        environments.append(environment)
-        environment.create_local_runner().start(3, spawn_rate=100)
-        return environment
-
-    yield start
-    for environment in environments:
-        assert environment.runner is not None
-        environment.runner.quit()
-
-
 def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve: Serve) -> None:
     received: list[bytes] = []
 
@@ -97,12 +70,12 @@ def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve
     assert received == [b""] * 10
 
 
-def test_what_a_lurker_hears_has_a_size_and_no_time(run: Run, serve: Serve, rows: Rows) -> None:
+def test_what_a_lurker_hears_has_a_size_and_no_time(serve: Serve, run_users: RunUsers) -> None:
     def server(connection: socket.socket) -> None:
         connection.sendall(b"\0\7welcome")
         connection.recv(1)
 
-    run(lurkers.Lurker, serve(server).address, chat_framing=">H")
+    rows = run_users(lurkers.Lurker, serve(server).address, users=3, chat_framing=">H").rows
     wait_until(lambda: len(rows.named("received")) == 3)
     for row in rows.named("received"):
         assert row["response_length"] == 7
@@ -110,20 +83,20 @@ def test_what_a_lurker_hears_has_a_size_and_no_time(run: Run, serve: Serve, rows
 
 
 def test_a_lurker_whose_server_hangs_up_reports_it_and_connects_again(
-    run: Run, serve: Serve, rows: Rows
+    serve: Serve, run_users: RunUsers
 ) -> None:
     def server(connection: socket.socket) -> None:
         if listening.opened > 3:
             connection.recv(1)
 
     listening = serve(server)
-    run(lurkers.Lurker, listening.address, chat_wait="0.1")
+    rows = run_users(lurkers.Lurker, listening.address, users=3, chat_wait="0.1").rows
     wait_until(lambda: listening.open == 3 and listening.opened == 6)
     wait_until(lambda: rows.counts() == {"connect": 6, "disconnect: ConnectionClosed": 3})
 
 
 def test_a_user_with_a_login_lurks_and_visits_without_the_tasks_of_its_base_class(
-    run: Run, serve: Serve, rows: Rows
+    serve: Serve, run_users: RunUsers
 ) -> None:
     """The classes are those of the plugin's first lines."""
     example = (lurkers.__doc__ or "").rpartition("::\n")[2]
@@ -140,25 +113,27 @@ def test_a_user_with_a_login_lurks_and_visits_without_the_tasks_of_its_base_clas
                 connection.sendall(line + b"\n")
 
     address = serve(server).address
-    run(names["QuietKim"], address, chat_wait="0.01")
+    rows = run_users(names["QuietKim"], address, users=3, chat_wait="0.01").rows
     wait_until(lambda: heard == {b"/login Kim": 3, b"PONG": 3})
     wait_until(lambda: len(rows.named("received")) == 3)
     assert set(rows.counts()) == {"connect", "send_chat", "login", "received"}
-    rows.clear()
-    run(names["VisitingKim"], address, chat_wait="0.01")
+    rows = run_users(names["VisitingKim"], address, users=3, chat_wait="0.01").rows
     wait_until(lambda: len(rows.named("echo_response")) > 10)
     assert set(rows.counts()) == {"connect", "send_chat", "login", "echo_response"}
     assert b"Hello!" not in heard
 
 
-def test_a_lurker_that_overrides_stay_says_something_now_and_then(run: Run, serve: Serve) -> None:
+def test_a_lurker_that_overrides_stay_says_something_now_and_then(
+    serve: Serve, run_users: RunUsers
+) -> None:
     class Pinging(lurkers.Lurker):
         def stay(self) -> None:
             super().stay()
             self.client.send_chat("/ping", echo="none")
 
     heard: list[bytes] = []
-    run(Pinging, serve(lambda connection: heard.extend(lines(connection))).address, chat_wait="0.1")
+    server = serve(lambda connection: heard.extend(lines(connection)))
+    run_users(Pinging, server.address, users=3, chat_wait="0.1")
     wait_until(lambda: heard.count(b"/ping") > 6)
 
 
@@ -184,8 +159,8 @@ def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, ser
     assert messages == [1] * listening.opened
 
 
-def test_a_visitor_waits_for_its_echo_in_open_loop_too(run: Run, serve: Serve, rows: Rows) -> None:
-    run(lurkers.Visitor, serve(echo).address, chat_rate="20")
+def test_a_visitor_waits_for_its_echo_in_open_loop_too(serve: Serve, run_users: RunUsers) -> None:
+    rows = run_users(lurkers.Visitor, serve(echo).address, users=3, chat_rate="20").rows
     wait_until(lambda: len(rows.named("echo_response")) > 6)
 
 

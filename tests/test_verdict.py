@@ -16,6 +16,7 @@ import pytest
 from locust.argument_parser import get_parser
 from locust.env import Environment
 from programs import LOCUST, ROOT, Program, WebUI, bus_options, wait_until
+from rows import fire
 from servers import Answers, Server, echo, in_turn, lines, silent, with_the_line
 
 import locustfile
@@ -48,14 +49,8 @@ class Run:
     def rows(self, name: str, count: int, failed: int = 0) -> None:
         """Fire so many rows, of which so many failed; they took 1, 2, 3, … ms."""
         for number in range(count):
-            self.environment.events.request.fire(
-                request_type="TCP",
-                name=name,
-                response_time=number + 1,
-                response_length=1,
-                exception=locustfile.ConnectionClosed() if number < failed else None,
-                context={},
-            )
+            error = locustfile.ConnectionClosed() if number < failed else None
+            fire(self.environment, name, number + 1, error)
 
     def exit_code(self, *, ratio: str = "", p95: str = "") -> int | str | None:
         """Return the exit code with these limits."""
