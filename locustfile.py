@@ -5,11 +5,19 @@
     python locustfile.py localhost 12345                                        five messages
 
 Rows: connect; send_chat, until the kernel has the last byte; echo_response, the round trip; login,
-the round trips of ``on_connect``; as a failure only, disconnect.
+the round trips of ``on_connect``; starttls, its handshake; as a failure only, disconnect. A run
+ends with one line, its answer.
 
-From top to bottom: errors, framing, settings, the exchange (one message on its way), the
-connection, ``TCPSocketClient``, ``TCPChatUser``, ``ChatClient`` (add your ``@task`` there),
-Locust's hooks, the built-in echo server, the standalone mode.
+From top to bottom:
+
+    ChatHooks, TCPChatUser, ChatClient   what you set, override or add a ``@task`` to
+    TCPSocketClient                      send_chat, connecting, rows, on_message
+    Connection, Exchange                 one socket, and one message with its reply
+    TLSLayer, the framings, the errors   bytes to messages and back; what a request fails with
+    opening a socket                     look-up, addresses, socket options
+    Schedule, RunRecord                  open loop; the generator's own faults; the result line
+    settings, options, Locust's events   --host, --chat-…, exit codes; the sample texts
+    echo server, standalone mode         ``--echo-server``; ``python locustfile.py``
 """
 
 from __future__ import annotations
@@ -18,8 +26,12 @@ from __future__ import annotations
 from locust import User, argument_parser, between, env, event, events, runners, stats, task  # isort: skip
 
 import argparse
+import codecs
 import contextlib
+import contextvars
+import errno
 import functools
+import inspect
 import io
 import ipaddress
 import itertools
@@ -34,95 +46,1814 @@ import statistics
 import struct
 import sys
 import traceback
+import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from time import perf_counter
-from typing import Literal, NamedTuple, Protocol
+from time import perf_counter, time
+from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import gevent
 import gevent.event
 import gevent.hub
+import gevent.lock
 import gevent.monkey
+import gevent.pool
 import gevent.server
+import gevent.socket
+from locust import TaskSet
+from locust.exception import StopUser
+from locust.rpc import Message
 
 logger = logging.getLogger(__name__)
 
-MESSAGE_LIMIT = 1024 * 1024  # bytes; no chat message is longer, more without an end is a flood
-# Bytes a read. A larger buffer costs more to allocate than the calls it saves; a smaller one could
-# leave a part of a TLS record, which has up to 16 KiB, where the event loop does not see it.
-READ_SIZE = 16 * 1024
-FIRST_PAUSE = 0.1  # seconds, at most, between the first failed attempt to connect and the second
-LONGEST_PAUSE = 5.0  # seconds, at most, between two attempts after many have failed
-BACKLOG_MESSAGES = 10_000  # messages that may wait for a user's on_message
-BACKLOG_BYTES = 16 * 1024 * 1024  # bytes that may wait for it
-TOLERATED_LATENESS = 1.0  # seconds; further behind its schedule, the generator is too slow
 DEFAULT_HOST = "127.0.0.1"  # of the built-in echo server and of the standalone mode
 DEFAULT_PORT = 12345
+MESSAGE_LIMIT = 1024 * 1024  # bytes; no chat message is longer, more without an end is a flood
+READ_SIZE = 16 * 1024  # bytes a read; a larger buffer costs more to allocate than it saves in calls
 
 
-# ---------------------------------------------------------------------------------------- errors
-# What a request fails with. Locust counts failures by their text, so each class has one fixed text,
-# its docstring, with nothing in it that the server sent.
+# ------------------------------------------------------------------------ users, and what they say
 
 
-class ChatError(Exception):
-    """The chat failed."""
+class ChatHooks:
+    """What a protocol's author may override: one object, given to the client. A user is one."""
+
+    tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    """Makes the context of TLS connections: authorities, own certificate, … A function makes one
+    for all users, a method one for each user."""
+
+    heartbeat: float | None = None
+    """Seconds between two calls of ``on_heartbeat``; None: none."""
+
+    def on_connect(self) -> None:
+        """Log in: called after every connect, before other messages are sent.
+
+        ``send_chat`` waits here, and its row is ``login``::
+
+            def on_connect(self):
+                if self.client.send_chat(b"NICK kim", echo=lambda line: b"001" in line) is None:
+                    raise PermissionError("not let in")
+
+        :raises OSError: or ``ValueError`` where the server refuses: a failed row ``login``, and the
+            connection is closed
+        """
+
+    def compose(self, tag: str, message: str) -> str | bytes:
+        """Return what to send for a text: it has to contain the tag.
+
+        Here at the start: a server that cuts long messages still returns it.
+        """
+        return f"[{tag}] {message}"
+
+    def expected(self, tag: str, message: str) -> str | bytes | None:
+        """Return what a ``full`` echo has to contain, where the server wraps it anew.
+
+        None means all that was sent.
+        """
+        return None
+
+    def is_refusal(self, payload: bytes) -> bool:
+        """Return whether a message is the server's "no": an exchange fails with ``EchoRefused``.
+
+        Asked of each echo, and of each message that nobody awaits while something is in flight:
+        then the oldest exchange fails. Called on the event loop, so it must not block.
+        """
+        return False
+
+    def on_echo(self, tag: str, payload: bytes, arrived: float) -> None:
+        """Take the good echo of a tagged message, after its row.
+
+        :param arrived: as in ``on_message``
+        """
+
+    def on_message(self, payload: bytes, arrived: float) -> None:
+        """Take a message that no exchange awaits: a broadcast, a banner, a server's ``PING``.
+
+        Called in order, in a greenlet: it may send, wait and block.
+
+        :param arrived: ``time.perf_counter()`` when the kernel had its last byte
+        """
+
+    def on_heartbeat(self) -> None:
+        """Tell the server that the client is alive: called every ``heartbeat`` seconds."""
+
+    def context(self) -> dict[str, object]:
+        """Return what Locust's request events carry as their ``context``."""
+        return {}
+
+    def report_error(self, error: BaseException) -> None:
+        """Log what a hook raised where no task of Locust's takes it."""
+        logger.error("%s", error, exc_info=error)
+
+
+class TCPChatUser(ChatHooks, User):
+    """A user with a chat connection, ``self.client``, that ends with the user.
+
+    The attributes are defaults: an option that is given wins over them. The echo is one text that
+    comes back; for another protocol, set what differs::
+
+        class IrcUser(ChatClient):
+            framing = "crlf"
+            echo = "tag"
+
+            def compose(self, tag, message):
+                return f"PRIVMSG #room :[{tag}] {message}"
+    """
+
+    abstract = True
+
+    framing: str | FramingFactory = "line"
+    """``line``, ``crlf``, ``nul``, ``raw``, a ``struct`` format of a length prefix such as ``>I``,
+    or a factory of objects like :class:`Framing`."""
+
+    echo: EchoMode = "full"
+    """What counts as the echo: ``full``, ``tag``, ``any`` or ``none``."""
+
+    encoding: str = "utf-8"
+    """How text is encoded, both ways: any encoding that keeps ASCII as it is."""
+
+    timeout: float = 5.0
+    """Seconds for connecting, and for one exchange."""
+
+    rate: float | None = None
+    """Messages a second in open loop; None: the next message waits for the echo and a pause."""
+
+    wait_time = between(1, 3)
+    """Seconds between two messages."""
+
+    client: TCPSocketClient
+
+    def __init__(self, environment: env.Environment) -> None:
+        super().__init__(environment)
+        self._schedule: Schedule | None = None
+        try:
+            settings = settings_of(type(self), environment)
+            self.client = client_of(self, settings)
+        except (OSError, ValueError) as error:  # typed into the web UI: a failed connect says it
+            self.client = MisconfiguredClient(environment.events.request, error)
+            return
+        if settings.rate is not None:
+            self._schedule = Schedule(settings.rate, self.client)
+            self.wait_time = self._schedule.next_pause  # type: ignore[method-assign]
+        elif settings.pause is not None:
+            self.wait_time = shared_wait(settings.pause)  # type: ignore[method-assign]
+
+    def on_start(self) -> None:
+        """Connect. A failure is a row, and the first message tries again."""
+        self.client.connect()
+        if self._schedule is not None:
+            gevent.sleep(self._schedule.first_pause())
+
+    def start(self, group: gevent.pool.Group) -> gevent.Greenlet:
+        """Start the user as Locust does, and end its connection with it."""
+        self._group = group
+        # Locust finds the user as the first argument of its greenlet.
+        self._greenlet = group.spawn(TCPChatUser._run_and_disconnect, self)
+        return self._greenlet
+
+    def _run_and_disconnect(self) -> None:
+        """Run the user, and end its connection, whatever its class overrides, raises or leaves.
+
+        Under ``--stop-timeout``, what is in flight may finish first.
+        """
+        try:
+            self.run()
+        finally:
+            try:
+                self.client.wait_for_echoes(self.environment.stop_timeout)
+            finally:  # a second kill ends the wait
+                self.client.shut_down()
+
+    def report_error(self, error: BaseException) -> None:
+        """Report an exception of a hook as Locust reports that of a task."""
+        if isinstance(error, StopUser):
+            if self._greenlet is not None:
+                self._greenlet.kill(block=False)
+            return
+        self.environment.events.user_error.fire(
+            user_instance=self, exception=error, tb=error.__traceback__
+        )
+        if self.environment.catch_exceptions:
+            logger.error("%s", error, exc_info=error)
+
+
+class ChatClient(TCPChatUser):
+    """Mostly short messages, some long, a few very long.
+
+    A new scenario is one more ``@task`` method.
+    """
+
+    @task(5)
+    def short_message(self) -> None:
+        """At most 60 bytes: what people mostly type."""
+        self.client.send_chat(random.choice(SHORT_TEXTS))
+
+    @task(2)
+    def long_message(self) -> None:
+        """100 to 400 bytes: a few sentences."""
+        self.client.send_chat(random.choice(LONG_TEXTS))
+
+    @task(1)
+    def very_long_message(self) -> None:
+        """513 to 1,000 bytes: more than the 512-byte buffer of many servers."""
+        self.client.send_chat(random.choice(VERY_LONG_TEXTS))
+
+
+# ------------------------------------------------------------------------------------- the client
+
+
+class TCPSocketClient:
+    """A chat connection, which opens again when it is needed.
+
+    A call blocks its caller alone. What the server does wrong is a request event, and never raised
+    into the task::
+
+        client = TCPSocketClient("localhost", 12345, environment.events.request)
+        echo = client.send_chat("hello")
+
+    :param host: name or address of the server
+    :param port: its port
+    :param request_event: what events are fired on: Locust's ``environment.events.request``
+    :param framing: as in :class:`TCPChatUser`, and so ``echo``, ``timeout`` and ``encoding``
+    :param tls: makes the context of connections that begin with TLS; None where they do not
+    :param sources: local addresses to connect from, in turn
+    :param waits: whether ``send_chat`` waits unless told otherwise; not in open loop
+    :param hooks: what a protocol's author may override
+    :raises ValueError: for a wrong framing, echo, timeout or encoding
+    :raises OSError: where ``tls`` does, for a missing file say
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        request_event: event.EventHook,
+        *,
+        framing: str | FramingFactory = "line",
+        echo: EchoMode = "full",
+        timeout: float = 5.0,
+        encoding: str = "utf-8",
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        sources: tuple[str, ...] = (),
+        waits: bool = True,
+        hooks: ChatHooks | None = None,
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.timeout = parse_timeout(timeout)
+        self.encoding = parse_encoding(encoding)
+        self.identity = new_identity()
+        self.trace: Trace | None = None  # gets the bytes that are sent and received
+        self.first_send_at = 0.0  # ``perf_counter``, in open loop, since its schedule looked last
+        self._url = f"{host}:{port}"
+        self._request_event = request_event
+        self._new_framing = parse_framing(framing)
+        self._echo: Echo = parse_echo(echo)
+        self._tls = None if tls is None else tls_context_from(tls)
+        self._start_tls_context = self._tls  # of ``start_tls``, once it is made
+        self._sources = sources
+        self._waits = waits
+        self._hooks = ChatHooks() if hooks is None else hooks
+        self._overridden = overridden_hooks(self._hooks)
+        self.has_refusals = "is_refusal" in self._overridden
+        self._message_numbers = itertools.count(1)
+        self._back_off = BackOff()
+        self._connection: Connection | None = None
+        self._connecting = gevent.lock.RLock()  # held by the greenlet that connects and logs in
+        self._attempts = 0  # that came to an end
+        self._is_cancelled = False  # ``close`` was called during the attempt
+        self._is_shut_down = False
+        self._connecting_greenlet: gevent.Greenlet | None = None
+        # The greenlets in ``on_connect``, ``on_message`` and ``on_heartbeat``: each keeps to its
+        # connection, and sends on none where that has ended.
+        self._bound: dict[gevent.Greenlet, Connection] = {}
+        self._pending = 0  # exchanges and reports that ``wait_for_echoes`` waits for
+        self._unawaited: MessageQueue | None = None
+        if "on_message" in self._overridden:
+            self._unawaited = MessageQueue(self._hooks, self._bound, self.timeout)
+
+    @property
+    def connected_since(self) -> float | None:
+        """When the connection was opened (``time.perf_counter``); None where there is none."""
+        return None if self._connection is None else self._connection.since
+
+    @property
+    def logged_in_since(self) -> float | None:
+        """When ``on_connect`` of this connection had ended (``time.perf_counter``), or None."""
+        return None if self._connection is None else self._connection.logged_in_since
+
+    # -- messages
+
+    def send_chat(
+        self,
+        message: str | bytes,
+        *,
+        echo: Echo | None = None,
+        wait: bool | None = None,
+        name: str | None = None,
+    ) -> str | bytes | None:
+        """Send a message, connecting first if need be, and wait for its echo.
+
+        Text is tagged, unless it starts with ``/`` (a command) or echo is ``any`` or a function;
+        ``bytes`` go out as they are. The README has a table of what counts as the echo::
+
+            self.client.send_chat("hello")
+            self.client.send_chat(b"JOIN #room", echo=lambda line: b" 366 " in line, name="join")
+
+        :param echo: what counts as the echo of this message, instead of the client's mode; a
+            function is called on the event loop, and must not block
+        :param wait: False: hand the message over and go on; its rows come with its echo. None: wait
+            in closed loop and in ``on_connect``
+        :param name: of the row that ends the exchange, instead of ``echo_response``, or of
+            ``send_chat`` where no echo is awaited
+        :returns: the echo, ``bytes`` for a ``bytes`` message; None where the exchange failed, no
+            echo is awaited, or it does not wait
+        :raises ValueError: for a message that cannot be sent so, before anything is sent
+        """
+        if echo is None:
+            echo = self._echo
+        elif not callable(echo):
+            echo = parse_echo(echo)
+        connection = self._connection
+        if connection is None or self._connecting_greenlet is not None or self._bound:
+            connection = self._usable_connection()
+        if connection is None:
+            return None
+        exchange = self._new_exchange(message, echo)
+        exchange.name = name
+        if self._connecting_greenlet is not None:
+            exchange.is_login = self._connecting_greenlet is gevent.getcurrent()
+        if wait is None:
+            wait = self._waits or exchange.is_login
+        if not self._waits and not self.first_send_at:
+            self.first_send_at = perf_counter()
+        if not wait:
+            exchange.on_done = self._report_later
+            connection.send(exchange)
+            self._pending += 1
+            return None
+        reply = self._send_and_wait(connection, exchange)
+        if reply is None or isinstance(message, bytes):
+            return reply
+        if reply is exchange.payload and isinstance(exchange.text, str):
+            return exchange.text  # which saves the decoding
+        return reply.decode(self.encoding, "replace")
+
+    def _usable_connection(self) -> Connection | None:
+        """Return the connection that the calling greenlet may use, or None where there is none."""
+        if self._bound:
+            bound = self._bound.get(gevent.getcurrent())
+            if bound is not None and bound.is_open:
+                return bound
+            if bound is not None:
+                gevent.sleep(0)  # who tries again and again lets others go on
+                return None
+        return self._connection if self.connect() else None
+
+    def _new_exchange(self, message: str | bytes, echo: Echo) -> Exchange:
+        """Return the exchange of a message, tagged if it is to be.
+
+        :raises ValueError: where ``compose`` returns what cannot be sent, or found again
+        """
+        if isinstance(message, bytes):
+            return Exchange(message, untagged_echo(echo))
+        if message.startswith("/") or echo not in ("full", "tag", "none"):
+            payload = message.encode(self.encoding, "replace")
+            return Exchange(payload, untagged_echo(echo))
+        tag = f"{self.identity}.{next(self._message_numbers)}"
+        composed = self._hooks.compose(tag, message)
+        exchange = Exchange(self._encoded(composed), echo, tag.encode())
+        if self.encoding == "utf-8":
+            exchange.text = composed
+        if "compose" in self._overridden:
+            check_composed(exchange.payload, exchange.tag)
+        if "expected" in self._overridden:
+            expected = self._hooks.expected(tag, message)
+            if expected is not None:
+                exchange.expected = self._encoded(expected)
+        return exchange
+
+    def _encoded(self, text: str | bytes) -> bytes:
+        """Return what ``compose`` or ``expected`` returned as bytes.
+
+        :raises ValueError: for what is neither text nor bytes
+        """
+        if isinstance(text, str):
+            return text.encode(self.encoding, "replace")
+        if isinstance(text, bytes):
+            return text
+        raise ValueError("compose and expected have to return text or bytes")
+
+    def _send_and_wait(self, connection: Connection, exchange: Exchange) -> bytes | None:
+        """Send a message, wait until its exchange has ended, report it and return the reply."""
+        waiter = gevent.hub.Waiter()
+        exchange.on_done = waiter.switch
+        connection.send(exchange)
+        self._pending += 1
+        try:
+            waiter.get()
+        except BaseException as error:
+            exchange.on_done = self._report_later
+            if connection.withdraw(exchange):
+                self._pending -= 1  # nothing of it was sent: there is nothing to report
+            # Locust stops this user: under --stop-timeout its echo still counts. A time-out of the
+            # task's own gives the message up.
+            exchange.is_abandoned = not isinstance(error, gevent.GreenletExit)
+            raise
+        try:
+            return self._report(exchange)
+        finally:
+            self._pending -= 1
+
+    # -- reports
+
+    def _report(self, exchange: Exchange) -> bytes | None:
+        """Fire the rows of an exchange that has ended; return the reply, or None."""
+        if exchange.sent_at:
+            name = "send_chat"
+            if exchange.echo == "none" and exchange.name:
+                name = exchange.name
+            seconds = exchange.sent_at - exchange.started_at
+            self._fire(name, exchange.started_at, seconds, exchange.size)
+        if exchange.error is not None:
+            if not exchange.is_abandoned:
+                self._fire_failure(exchange)
+            return None
+        if exchange.reply is None or exchange.is_abandoned:
+            return None
+        name = exchange.name or ("login" if exchange.is_login else "echo_response")
+        seconds = exchange.received_at - exchange.started_at
+        self._fire(name, exchange.started_at, seconds, len(exchange.reply))
+        if not exchange.is_login:  # else an attempt after a refused login would come too soon
+            self._back_off.reset()
+        if exchange.tag and "on_echo" in self._overridden:
+            self._hooks.on_echo(exchange.tag.decode(), exchange.reply, exchange.received_at)
+        return exchange.reply
+
+    def _fire_failure(self, exchange: Exchange) -> None:
+        """Fire the failed row of an exchange: of its echo, or of the sending that failed."""
+        name, size = "send_chat", exchange.size
+        if exchange.sent_at:
+            name = exchange.name or ("login" if exchange.is_login else "echo_response")
+            size = len(exchange.reply or b"")
+        elif exchange.echo == "none" and exchange.name:
+            name = exchange.name
+        started_at = exchange.started_at or exchange.received_at
+        seconds = exchange.received_at - started_at
+        self._fire(name, started_at, seconds, size, exchange.error)
+
+    def _report_later(self, exchange: Exchange) -> None:
+        """Report an exchange for which no greenlet waits: not here, on the event loop."""
+        GREENLET_POOL.spawn(functools.partial(self._report_guarded, self._report, exchange))
+
+    def _report_guarded(self, report: Callable[..., object], *arguments: object) -> None:
+        """Call ``_report`` or ``_fire``, and hand on what a listener or a hook raises."""
+        try:
+            report(*arguments)
+        except (Exception, gevent.Timeout) as error:
+            self._hooks.report_error(error)
+        finally:
+            self._pending -= 1
+
+    def _fire(
+        self,
+        name: str,
+        started_at: float,
+        seconds: float,
+        size: int,
+        error: Exception | None = None,
+    ) -> None:
+        """Fire a request event. Never on the event loop: a listener may block."""
+        self._request_event.fire(
+            request_type="TCP",
+            name=name,
+            response_time=seconds * 1000,
+            response_length=size,
+            response=None,
+            exception=error,
+            context=self._hooks.context() if "context" in self._overridden else {},
+            start_time=started_at + ARRIVALS.clock_offset,
+            url=self._url,
+        )
+
+    # -- messages that nobody awaits
+
+    def refusal_in(self, payload: bytes) -> ChatError | None:
+        """Ask the hook; return what an exchange fails with, or None. The event loop calls it."""
+        try:
+            is_refusal = timed_hook("is_refusal", self._hooks.is_refusal, payload)
+        except (Exception, gevent.Timeout) as error:
+            GREENLET_POOL.spawn(functools.partial(self._hooks.report_error, error))
+            return EchoFunctionError()
+        return EchoRefused() if is_refusal else None
+
+    def take_unawaited(self, connection: Connection, payload: bytes, received_at: float) -> None:
+        """Queue a message for ``on_message``. The event loop calls it.
+
+        :raises HandlerTooSlow: where far too many are waiting already
+        """
+        if self._unawaited is not None:
+            self._unawaited.put(connection, payload, received_at)
+
+    # -- the connection
+
+    def connect(self) -> bool:
+        """Connect and log in, unless that is done; return whether the connection is open.
+
+        After failures this waits first. Greenlets that call it at the same time share an attempt.
+        """
+        bound = self._bound.get(gevent.getcurrent())
+        if bound is not None:
+            return bound.is_open
+        if self._connecting_greenlet is gevent.getcurrent():  # a listener of the row ``connect``
+            return self._connection is not None
+        if self._is_shut_down:
+            gevent.sleep(FIRST_DELAY)  # who tries again and again lets others go on
+            return False
+        attempts = self._attempts
+        if not self._wait_for_attempt():
+            return False
+        try:
+            if self._connection is None and self._attempts == attempts:
+                self._attempt()
+            return self._connection is not None
+        finally:
+            self._connecting.release()
+
+    def _wait_for_attempt(self) -> bool:
+        """Acquire the lock of connecting: after an attempt of another greenlet, if there is one.
+
+        A login may wait for this very greenlet: so it is waited for at most the time-out.
+        """
+        while not self._connecting.acquire(timeout=self.timeout):
+            if self._connection is not None:  # so ``on_connect`` is at work
+                error = TimeoutError("on_connect did not end within the time-out")
+                self._fire("login", self._connection.since, self.timeout, 0, error)
+                return False
+        return True
+
+    def _attempt(self) -> None:
+        """Connect and log in."""
+        self._connecting_greenlet = gevent.getcurrent()
+        self._is_cancelled = self._is_shut_down
+        try:
+            self._back_off.wait()
+            if not self._is_shut_down:
+                self._open_and_log_in()
+        except BaseException:  # without its login, the connection is of no use to others
+            self._back_off.delay()
+            self.close()
+            raise
+        finally:
+            self._connecting_greenlet = None
+            self._bound.pop(gevent.getcurrent(), None)
+
+    def _open_and_log_in(self) -> None:
+        """Open a connection and log in. A failure is a row."""
+        started_at = perf_counter()
+        try:
+            sock, tls = self._open()
+        except (OSError, ValueError) as error:
+            self._attempts += 1
+            self._back_off.delay()
+            self._fire("connect", started_at, perf_counter() - started_at, 0, error)
+            return
+        if self._is_cancelled:
+            sock.close()
+            return
+        connection = self._connection = Connection(sock, tls, self._new_framing(), self)
+        self._bound[gevent.getcurrent()] = connection
+        self._fire("connect", started_at, connection.since - started_at, 0)
+        if connection.is_open:
+            self._log_in(connection)
+        self._attempts += 1
+
+    def _open(self) -> tuple[socket.socket, TLSLayer | None]:
+        """Return a connected socket; raise ``OSError`` or ``ValueError`` where there is none."""
+        source = next(rotation_of(self._sources)) if self._sources else None
+        return open_socket(self.host, self.port, self.timeout, self._tls, source)
+
+    def _log_in(self, connection: Connection) -> None:
+        """Run the user's login. One that raises ends the connection."""
+        try:
+            self._hooks.on_connect()
+        except (OSError, ValueError) as error:
+            connection.end(None)
+            if not connection.has_failed_login:
+                seconds = perf_counter() - connection.since
+                self._fire("login", connection.since, seconds, 0, bounded_error(error))
+            connection.is_end_reported = True
+        if connection.is_open:
+            connection.logged_in_since = perf_counter()
+            if self._hooks.heartbeat is not None:
+                connection.heartbeat = gevent.spawn(self._send_heartbeats, connection)
+        elif connection.end_error is None:
+            self._back_off.delay()
+        elif not connection.is_end_reported:
+            self._fire("disconnect", perf_counter(), 0.0, 0, connection.end_error)
+
+    def _send_heartbeats(self, connection: Connection) -> None:
+        """Call ``on_heartbeat`` again and again, while the connection is open."""
+        seconds = parse_heartbeat(self._hooks.heartbeat)
+        self._bound[gevent.getcurrent()] = connection
+        try:
+            while connection.is_open:
+                gevent.sleep(seconds)
+                try:
+                    self._hooks.on_heartbeat()
+                except (Exception, gevent.Timeout) as error:
+                    self._hooks.report_error(error)
+        finally:
+            del self._bound[gevent.getcurrent()]
+
+    def start_tls(self) -> bool:
+        """Begin TLS on the open connection, after the server has agreed to it (``STARTTLS``).
+
+        In ``on_connect``, or while nothing is in flight. The context is that of ``tls_context``::
+
+            if self.client.send_chat(b"STARTTLS", echo="any") == b"OK" and self.client.start_tls():
+                ...
+
+        :returns: whether the handshake has succeeded; else the connection is closed, and the row
+            ``starttls`` says why
+        :raises ValueError: while messages are in flight, where TLS has begun already, and where,
+            after the login, the message before was tagged
+        """
+        connection = self._usable_connection()
+        if connection is None:
+            return False
+        if self._start_tls_context is None:
+            self._start_tls_context = tls_context_from(maker_of_tls_context(self._hooks))
+        started_at = perf_counter()
+        error: OSError | None = None
+        try:
+            connection.start_tls(TLSLayer(self._start_tls_context, self.host), self._new_framing())
+        except OSError as failure:
+            error = failure
+        if error is None or connection.end_error is not None:  # not after a local close
+            self._fire("starttls", started_at, perf_counter() - started_at, 0, error)
+        return error is None
+
+    def close(self) -> None:
+        """Close the connection if there is one. The next message opens a new one."""
+        self._is_cancelled = True
+        if self._connection is not None:
+            self._connection.close()
+
+    def shut_down(self) -> None:
+        """Close the connection for good, as its user has ended: no message opens another.
+
+        A handler of ``on_message`` that still runs is stopped.
+        """
+        self._is_shut_down = True
+        if self._connection is not None:
+            RUN.in_flight += self._connection.awaited_count
+        self.close()
+        if self._unawaited is not None:
+            self._unawaited.stop()
+
+    def wait_for_echoes(self, seconds: float) -> None:
+        """Wait until nothing is in flight and all is reported, at most so many seconds."""
+        limit = perf_counter() + seconds
+        while self._pending and perf_counter() < limit:
+            gevent.sleep(0.01)
+
+    def on_connection_end(self, connection: Connection) -> None:
+        """Delay the next attempt where the end was a failure, and see that a row says it."""
+        if self._connection is connection:
+            self._connection = None
+        error = connection.end_error
+        if error is None:
+            if self._unawaited is not None:
+                self._unawaited.clear()
+            return
+        if perf_counter() - connection.since > LONGEST_DELAY:
+            self._back_off.reset()
+        self._back_off.delay()
+        is_logging_in = self._bound.get(self._connecting_greenlet) is connection  # it looks itself
+        if not connection.is_end_reported and not is_logging_in:
+            self._pending += 1
+            fire = functools.partial(self._fire, "disconnect", perf_counter(), 0.0, 0, error)
+            GREENLET_POOL.spawn(functools.partial(self._report_guarded, fire))
+
+
+class MisconfiguredClient(TCPSocketClient):
+    """The client of a user with a wrong setting: each attempt to connect fails and says which."""
+
+    def __init__(self, request_event: event.EventHook, fault: OSError | ValueError) -> None:
+        super().__init__("", 0, request_event)
+        self._fault = fault
+
+    def _open(self) -> tuple[socket.socket, TLSLayer | None]:
+        raise self._fault
+
+
+def client_of(user: TCPChatUser, settings: Settings) -> TCPSocketClient:
+    """Return the client that the settings of a user say.
+
+    :raises OSError: or ``ValueError`` where its TLS context cannot be made
+    """
+    address = next_address(settings.addresses, user.environment)
+    client = TCPSocketClient(
+        address.host,
+        address.port,
+        user.environment.events.request,
+        framing=settings.framing,
+        echo=settings.echo,
+        timeout=settings.timeout,
+        encoding=settings.encoding,
+        tls=maker_of_tls_context(user) if address.tls else None,
+        sources=settings.sources,
+        waits=settings.rate is None,
+        hooks=user,
+    )
+    if settings.trace and not RUN.is_traced:
+        RUN.is_traced = True
+        client.trace = log_trace
+        logger.info("trace: all that one user sends and receives, logins and passwords included")
+    return client
+
+
+def overridden_hooks(hooks: ChatHooks) -> frozenset[str]:
+    """Return the names of the hooks that are more than those of ``ChatHooks``: the others cost
+    nothing, as they need not be called.
+    """
+    return frozenset(
+        name
+        for name in ("compose", "context", "expected", "is_refusal", "on_echo", "on_message")
+        if getattr(getattr(hooks, name), "__func__", None) is not getattr(ChatHooks, name)
+    )
+
+
+def untagged_echo(echo: Echo) -> Echo:
+    """Return what counts as the echo of a message that has no tag."""
+    return "any" if echo in ("full", "tag") else echo
+
+
+def check_composed(payload: bytes, tag: bytes) -> None:
+    """Raise ``ValueError`` where ``compose`` has left out the tag, or made another of it."""
+    start = payload.find(tag)
+    if start < 0:
+        raise ValueError("compose left out the tag: what it returns has to contain it")
+    end = start + len(tag)
+    if payload[end : end + 1].isdigit():
+        raise ValueError("compose put a digit right behind the tag: put a space between")
+
+
+LOGIN_TEXTS: set[str] = set()  # that ``bounded_error`` has let through
+LOGIN_TEXTS_KEPT = 20  # Locust keeps a line for each: many would fill its memory and its tables
+LOGIN_TEXT_LENGTH = 100  # characters
+
+
+def bounded_error(error: OSError | ValueError) -> Exception:
+    """Return an error of ``on_connect`` as a row may have it: its text may hold server bytes.
+
+    At most its class and a bounded, escaped sentence; a bounded number of sentences in all.
+    """
+    if isinstance(error, ChatError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno))
+    sentence = str(error)
+    is_built_in = type(error).__module__ == "builtins"
+    if isinstance(error, (UnicodeDecodeError, UnicodeEncodeError)):
+        sentence = error.reason
+        is_built_in = False  # these take more than a text
+    text = ascii(sentence[:LOGIN_TEXT_LENGTH])[1:-1]
+    if not is_built_in:
+        text = f"{type(error).__name__}: {text}"
+    if text not in LOGIN_TEXTS and len(LOGIN_TEXTS) >= LOGIN_TEXTS_KEPT:
+        text = type(error).__name__
+    LOGIN_TEXTS.add(text)
+    if is_built_in:
+        return type(error)(text)
+    return OSError(text) if isinstance(error, OSError) else ValueError(text)
+
+
+RANDOM_START = random.getrandbits(32)  # where the identities of this run begin
+CLIENT_NUMBERS = itertools.count()
+
+
+def new_identity() -> str:
+    """Return eight hexadecimal digits that no other client of this run is likely to have.
+
+    Locust forks workers after this file was loaded: they share RANDOM_START, and their process
+    numbers are multiplied so that what they count from lies far apart.
+    """
+    number = RANDOM_START + os.getpid() * 0x9E3779B1 + next(CLIENT_NUMBERS)
+    return f"{number % 2**32:08x}"
+
+
+FIRST_DELAY = 0.1  # seconds, at most, between the first failed attempt to connect and the second
+LONGEST_DELAY = 5.0  # seconds, at most, between two attempts after many have failed
+
+
+class BackOff:
+    """The delays between attempts to connect, so that users do not storm a recovering server.
+
+    They double from 0.1 s to 5 s with full jitter: any delay up to the present one is as likely
+    (AWS Architecture Blog, "Exponential Backoff And Jitter").
+    """
 
     def __init__(self) -> None:
-        super().__init__(self.__doc__)
+        self._failures = 0
+        self._next_attempt_at = 0.0
+
+    def wait(self) -> None:
+        """Wait until the next attempt may be made."""
+        gevent.sleep(max(0.0, self._next_attempt_at - perf_counter()))
+
+    def delay(self) -> None:
+        """Delay the next attempt, more after each failure."""
+        longest = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
+        self._next_attempt_at = perf_counter() + random.uniform(0, longest)
+        self._failures += 1
+
+    def reset(self) -> None:
+        """Begin with the shortest delay again."""
+        self._failures = 0
 
 
-class EchoTimeout(ChatError, TimeoutError):
-    """No echo came within the time-out."""
+class GreenletPool:
+    """Greenlets for what may block, and so has no place on the event loop.
+
+    One greenlet does job after job, as to make a greenlet takes 10 µs. When a job waits for
+    something, another greenlet goes on with the jobs that are left. All jobs together have a
+    millisecond; then the event loop polls its sockets before the next.
+
+    A job leaves nothing behind: it runs in an empty context (``contextvars``), and a greenlet whose
+    job has waited, or has left a timer running (a forgotten ``gevent.Timeout``), is not used again.
+    """
+
+    SLICE = 0.001  # seconds
+    MOST_IDLE = 100  # greenlets kept
+
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._idle: list[gevent.hub.Waiter] = []
+        self._is_scheduled = False
+        self._slice_ends_at = 0.0  # ``perf_counter``
+        self._switches = 0  # to a greenlet and back
+        self._timer: Watcher | None = None
+
+    def spawn(self, job: Callable[[], object]) -> None:
+        """Let a greenlet do a job soon."""
+        self._jobs.append(job)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            gevent.get_hub().loop.run_callback(self._run_slice)
+
+    def is_slice_over(self) -> bool:
+        """Return whether a job with more to do has to make way, and spawn the rest as a new job."""
+        return perf_counter() > self._slice_ends_at
+
+    def _run_slice(self) -> None:
+        """Let greenlets do jobs for a millisecond. The event loop calls it."""
+        self._slice_ends_at = perf_counter() + self.SLICE
+        while self._jobs and not self.is_slice_over():
+            # Comes back here when no job is left, the slice is over, or the job waits.
+            if self._idle:
+                self._idle.pop().switch(None)
+            else:
+                gevent.Greenlet(self._work).switch()
+            self._switches += 1
+        self._is_scheduled = bool(self._jobs)
+        if self._is_scheduled:  # by a timer: before a mere callback no socket is polled
+            self._timer = gevent.get_hub().loop.timer(0)
+            self._timer.start(self._run_slice)
+
+    def _work(self) -> None:
+        """Do jobs, slice after slice."""
+        loop = gevent.get_hub().loop
+        waiter = gevent.hub.Waiter()
+        while True:
+            while self._jobs and not self.is_slice_over():
+                job = self._jobs.popleft()
+                switches, watchers = self._switches, loop.activecnt
+                contextvars.Context().run(job)
+                if self._switches != switches or loop.activecnt != watchers:
+                    return
+            if len(self._idle) >= self.MOST_IDLE:
+                return
+            self._idle.append(waiter)
+            waiter.get()
 
 
-class EchoTruncated(ChatError):
-    """The echo ends before the message does."""
+GREENLET_POOL = GreenletPool()
+
+BACKLOG_MESSAGES = 10_000  # messages that may wait for ``on_message`` before reading pauses
+BACKLOG_BYTES = 16 * 1024 * 1024  # bytes that may wait for it
 
 
-class EchoAltered(ChatError):
-    """The echo is not what was sent."""
+class MessageQueue:
+    """The messages of a client that no exchange awaits, on their way to ``on_message``.
+
+    They are handled in order, by one greenlet at a time. Too many pause the reading: TCP then holds
+    up the server. A connection whose handler takes none within the time-out ends.
+    """
+
+    def __init__(
+        self, hooks: ChatHooks, bound: dict[gevent.Greenlet, Connection], timeout: float
+    ) -> None:
+        self._hooks = hooks
+        self._bound = bound  # so that the handler sends over the connection of its message
+        self._timeout = timeout
+        self._messages: deque[tuple[Connection, bytes, float]] = deque()
+        self._bytes = 0
+        self._taken = 0  # by the handler, of all
+        self._is_scheduled = False
+        self._handler: gevent.Greenlet | None = None  # which runs ``on_message`` now
+        self._paused: Connection | None = None
+
+    def put(self, connection: Connection, payload: bytes, received_at: float) -> None:
+        """Queue a message. The event loop calls it.
+
+        :raises HandlerTooSlow: where memory would pass twice the limit
+        """
+        self._messages.append((connection, payload, received_at))
+        self._bytes += len(payload)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            GREENLET_POOL.spawn(self._handle_all)
+        if self._is_over(1) and self._paused is not connection:
+            self._paused = connection
+            connection.pause_reading()
+            self._watch_handler(connection)
+        if self._is_over(2):
+            self.clear()
+            raise HandlerTooSlow
+
+    def _is_over(self, factor: float) -> bool:
+        """Return whether more waits than so many times the limits."""
+        too_many = len(self._messages) > BACKLOG_MESSAGES * factor
+        return too_many or self._bytes > BACKLOG_BYTES * factor
+
+    def _watch_handler(self, connection: Connection) -> None:
+        """Look after the time-out whether the handler has taken any message since."""
+        taken = self._taken
+
+        def look() -> None:
+            timer.close()
+            if self._paused is not connection or not connection.is_open:
+                return
+            if self._taken != taken:
+                self._watch_handler(connection)
+                return
+            self.clear()
+            connection.end(HandlerTooSlow())
+
+        timer: Watcher = gevent.get_hub().loop.timer(self._timeout)
+        timer.start(look)
+
+    def _handle_all(self) -> None:
+        """Give the messages to ``on_message``, as a job of the greenlet pool."""
+        greenlet = self._handler = gevent.getcurrent()
+        try:
+            while self._messages:
+                self._handle_next(greenlet)
+                if GREENLET_POOL.is_slice_over():
+                    break
+        finally:  # after a kill, another greenlet goes on
+            self._handler = None
+            self._bound.pop(greenlet, None)
+            self._is_scheduled = bool(self._messages)
+            if self._is_scheduled:
+                GREENLET_POOL.spawn(self._handle_all)
+
+    def _handle_next(self, greenlet: gevent.Greenlet) -> None:
+        """Give one message to ``on_message``, and read on where few are left."""
+        connection, payload, received_at = self._messages.popleft()
+        self._bytes -= len(payload)
+        self._taken += 1
+        if self._paused is not None and not self._is_over(0.25):
+            self._paused.resume_reading()
+            self._paused = None
+        self._bound[greenlet] = connection
+        try:
+            self._hooks.on_message(payload, received_at)
+        except (Exception, gevent.Timeout) as error:
+            self._hooks.report_error(error)
+
+    def clear(self) -> None:
+        """Drop what waits."""
+        self._messages.clear()
+        self._bytes = 0
+
+    def stop(self) -> None:
+        """Drop what waits, and end the handler that runs, unless that is the caller."""
+        self.clear()
+        if self._handler is not None and self._handler is not gevent.getcurrent():
+            # It waits for something, so its greenlet does no other job after this one.
+            self._handler.kill(block=False)
 
 
-class EchoRefused(ChatError):
-    """The server answered with a refusal."""
+# --------------------------------------------------------------------------------- the connection
+
+READABLE, WRITABLE = 1, 2  # what libev, the event loop, watches a socket for
+DISCARDED_AT_CLOSE = 64  # reads, at most; a server that sends without an end is not read for ever
 
 
-class EchoFunctionError(ChatError):
-    """The function given as echo failed; level DEBUG logs where."""
+class Watcher(Protocol):
+    """What gevent's event loop calls back when a socket is ready, or a time has come."""
+
+    def start(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Watch from now on."""
+
+    def stop(self) -> None:
+        """Pause."""
+
+    def close(self) -> None:
+        """Watch no more."""
 
 
-class ConnectionClosed(ChatError, ConnectionError):
-    """The server closed the connection."""
+class Connection:
+    """A connected socket and the exchanges in flight on it. A reconnect makes another.
+
+    The event loop calls ``flush``, ``_read``, ``_on_writable`` and ``_on_deadline``: they
+    may neither block nor raise, as that would stop all users.
+    """
+
+    __slots__ = (
+        "_client",
+        "_deadline",
+        "_framing",
+        "_has_built_in_framing",
+        "_is_flush_scheduled",
+        "_is_paused",
+        "_is_reply_exact",
+        "_is_reply_last",
+        "_is_shaking_hands",
+        "_loop",
+        "_outgoing",
+        "_reader",
+        "_socket",
+        "_tagged",
+        "_tls",
+        "_untagged",
+        "_writer",
+        "end_error",
+        "has_failed_login",
+        "heartbeat",
+        "is_end_reported",
+        "is_open",
+        "logged_in_since",
+        "since",
+    )
+
+    def __init__(
+        self, sock: socket.socket, tls: TLSLayer | None, framing: Framing, client: TCPSocketClient
+    ) -> None:
+        self.since = perf_counter()
+        self.logged_in_since: float | None = None
+        self.is_open = True
+        self.end_error: Exception | None = None  # None after a local close, too
+        self.is_end_reported = False  # a row says that the connection has ended
+        self.has_failed_login = False  # an exchange of ``on_connect`` has failed
+        self.heartbeat: gevent.Greenlet | None = None
+        self._socket = sock
+        self._tls = tls
+        self._framing = framing
+        self._has_built_in_framing = type(framing) in BUILT_IN_FRAMINGS
+        self._client = client
+        # In each of these the oldest exchange comes first. One may be outgoing and awaited.
+        self._outgoing: list[Exchange] = []  # not sent yet, or not wholly
+        self._tagged: dict[bytes, Exchange] = {}  # started, reply awaited, by tag
+        self._untagged: list[Exchange] = []  # started, reply awaited
+        self._is_flush_scheduled = False
+        self._is_paused = False
+        self._is_reply_last = True  # nothing has come after the last reply
+        self._is_reply_exact = True  # its last byte was fed alone: so that is known
+        self._is_shaking_hands = False
+        self._loop = loop = gevent.get_hub().loop
+        self._deadline: Watcher | None = None  # a timer, there is one while anything is in flight
+        self._writer: Watcher | None = None  # there is one while the kernel is full
+        self._reader: Watcher = loop.io(sock.fileno(), READABLE)
+        self._reader.start(self._read)
+        if tls is not None:
+            loop.run_callback(self._read_behind_handshake)
+
+    @property
+    def awaited_count(self) -> int:
+        """The number of exchanges whose reply is awaited."""
+        return len(self._tagged) + len(self._untagged)
+
+    # -- sending
+
+    def send(self, exchange: Exchange) -> None:
+        """Frame a message, and let the event loop send it in its next iteration.
+
+        :raises ValueError: where the framing cannot carry it, or would send nothing
+        :raises TypeError: where a framing of the user's own does not return bytes
+        """
+        exchange.unsent = bytes(self._framing.encode(exchange.payload))  # str is an error here
+        exchange.size = len(exchange.unsent)
+        if exchange.size == 0:
+            raise ValueError("an empty message sends nothing in this framing: write a byte")
+        if not self.is_open:
+            self._fail(exchange, self.end_error)
+            return
+        self._outgoing.append(exchange)
+        if not self._is_flush_scheduled:
+            self._is_flush_scheduled = True
+            SEND_BATCH.add(self)
+
+    def withdraw(self, exchange: Exchange) -> bool:
+        """Take a message back, if nothing of it was sent; return whether that is so."""
+        if exchange.started_at or exchange not in self._outgoing:
+            return False
+        self._outgoing.remove(exchange)
+        return True
+
+    def flush(self) -> None:
+        """Send what the kernel takes; have the rest sent when it takes more."""
+        self._is_flush_scheduled = False
+        if self._is_shaking_hands:
+            return
+        for exchange in self._outgoing:
+            if not exchange.started_at:
+                self._start(exchange)
+        while self._outgoing and self._send(self._outgoing[0]):
+            del self._outgoing[0]
+        if self._outgoing and self._writer is None:
+            self._writer = self._loop.io(self._socket.fileno(), WRITABLE)
+            self._writer.start(self._on_writable)
+        elif self._writer is not None and not self._outgoing:
+            self._writer.close()
+            self._writer = None
+
+    def _on_writable(self) -> None:
+        if self._untagged:
+            self._read_arrived()  # what came before they were sent is not their reply
+        self.flush()
+
+    def _start(self, exchange: Exchange) -> None:
+        """Start the clock of an exchange whose turn to be sent has come."""
+        if not exchange.tag and exchange.echo != "none":
+            self._read_arrived()  # what came before is not the reply
+            if not self.is_open:
+                return
+        if self._client.trace is not None:
+            self._client.trace("sent", exchange.unsent)
+        if self._tls is not None:
+            try:
+                exchange.unsent = self._tls.encrypt(exchange.unsent)
+            except OSError as error:
+                self.end(error)
+                return
+        exchange.started_at = perf_counter()
+        if exchange.echo != "none":
+            if exchange.tag:
+                self._tagged[exchange.tag] = exchange
+            else:
+                self._untagged.append(exchange)
+        if self._deadline is None:
+            self._watch_deadline(self._client.timeout)
+
+    def _send(self, exchange: Exchange) -> bool:
+        """Send what the kernel takes now; return whether that was the rest of the message."""
+        try:
+            taken = self._socket.send(exchange.unsent)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.end_error = error
+            self._read_arrived()  # a reply may have come before the connection broke
+            self.end(error)
+            return False
+        exchange.is_in_flight = True
+        if taken < len(exchange.unsent):
+            exchange.unsent = exchange.unsent[taken:]
+            return False
+        exchange.unsent = b""
+        exchange.sent_at = perf_counter()
+        if exchange.echo == "none" or exchange.reply is not None:
+            self._finish(exchange)
+        return True
+
+    # -- receiving
+
+    def _read_arrived(self) -> None:
+        """Read all that has arrived, as what comes next depends on it. It may end the connection.
+
+        Not for ever where a server sends without an end: at most what the kernel can hold.
+        """
+        most = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        while most > 0 and self.is_open:
+            count = self._read()
+            if count == 0:
+                return
+            most -= count
+
+    def _read(self) -> int:
+        """Read once and deliver the messages that are complete; return how many bytes came.
+
+        An error ends the connection.
+        """
+        try:
+            data, received_at = ARRIVALS.receive(self._socket)
+            if not data:
+                raise ConnectionClosed
+            if self._client.trace is not None and self._tls is None:
+                self._client.trace("received", data)
+            if self._tls is not None:
+                self._feed_decrypted(self._tls, data, received_at)
+            elif self._untagged or self.logged_in_since is None:
+                self._feed_to_the_last_byte(data, received_at)
+            else:
+                self._feed(data, received_at)
+        except BlockingIOError:
+            return 0
+        except (ChatError, OSError) as error:
+            self.end(error)
+            return 0
+        return len(data)
+
+    def _feed_decrypted(self, tls: TLSLayer, data: bytes, received_at: float) -> None:
+        """Deliver the messages that are complete when this is decrypted."""
+        for plaintext in tls.decrypt(data):
+            if self._client.trace is not None:
+                self._client.trace("received", plaintext)
+            self._feed(plaintext, received_at)
+        if tls.is_ended:
+            raise ConnectionClosed
+
+    def _read_behind_handshake(self) -> None:
+        """Deliver what came together with the end of the handshake: the socket is empty of it."""
+        if self.is_open and self._tls is not None:
+            try:
+                self._feed_decrypted(self._tls, b"", perf_counter())
+            except (ChatError, OSError) as error:
+                self.end(error)
+
+    def _feed_to_the_last_byte(self, data: bytes, received_at: float) -> None:
+        """Feed the last byte alone: so ``start_tls`` knows whether any came after a reply."""
+        if len(data) > 1 and not isinstance(self._framing, RawFraming):
+            self._feed(data[:-1], received_at)
+            data = data[-1:]
+        self._feed(data, received_at)
+
+    def _feed(self, data: bytes, received_at: float) -> None:
+        """Let the framing cut bytes into messages, and deliver these.
+
+        :raises ChatError: where the connection has to end
+        """
+        self._is_reply_last = False
+        if self._has_built_in_framing:
+            for payload in self._framing.feed(data):
+                self._deliver(payload, received_at)
+            return
+        payloads, error = timed_hook("feed", feed_until_error, self._framing, data)
+        for payload in payloads:
+            self._deliver(payload, received_at)
+        if isinstance(error, ChatError):
+            raise error
+        if error is not None:
+            log_place_of(error)
+            raise FramingError from error
+
+    def _deliver(self, payload: bytes, received_at: float) -> None:
+        """Take a message to the exchange that awaits it, or else to ``on_message``.
+
+        A message that carries several of this client's tags (framing ``raw``) answers each.
+        """
+        if len(self._tagged) == 1:  # the common case: the one echo awaited, as it was sent
+            (exchange,) = self._tagged.values()
+            if payload == exchange.payload and exchange.expected is exchange.payload:
+                self._tagged.clear()
+                self._take_reply(exchange, exchange.payload, received_at)
+                return
+        has_own_tag = is_taken = False
+        identity = self._client.identity.encode()
+        position = payload.find(identity)
+        while position >= 0:
+            tag = TAG.match(payload, position)
+            if tag is not None:
+                has_own_tag = True
+                owner = self._tagged.pop(tag[0], None)
+                if owner is not None:
+                    self._take_reply(owner, payload, received_at, position)
+                    is_taken = True
+            position = payload.find(identity, position + len(identity))
+        if not is_taken:
+            self._deliver_untagged(payload, received_at, has_own_tag)
+
+    def _deliver_untagged(self, payload: bytes, received_at: float, has_own_tag: bool) -> None:
+        """Take a message without the tag of an exchange in flight to where it belongs."""
+        for exchange in self._untagged:
+            if exchange.is_in_flight and exchange.accepts(payload, has_own_tag):
+                self._untagged.remove(exchange)
+                self._take_reply(exchange, payload, received_at)
+                return
+        if self._client.has_refusals and self.awaited_count:
+            refusal = self._client.refusal_in(payload)
+            if isinstance(refusal, EchoRefused):
+                self._refuse_oldest(refusal, payload, received_at)
+                return
+        self._client.take_unawaited(self, payload, received_at)
+
+    def _refuse_oldest(self, refusal: EchoRefused, payload: bytes, received_at: float) -> None:
+        """Fail the oldest exchange that awaits an echo: most likely it is the one refused."""
+        firsts = (*itertools.islice(self._tagged.values(), 1), *self._untagged[:1])
+        oldest = min(firsts, key=lambda exchange: exchange.started_at)
+        self._stop_awaiting(oldest)
+        oldest.take_reply(payload, received_at)
+        oldest.error = refusal
+        self._reply_taken(oldest)
+
+    def _take_reply(
+        self, exchange: Exchange, payload: bytes, received_at: float, tag_at: int = 0
+    ) -> None:
+        """Give an exchange its reply, and judge that."""
+        exchange.take_reply(payload, received_at, tag_at)
+        if self._client.has_refusals:
+            exchange.error = self._client.refusal_in(payload) or exchange.error
+        if received_at - exchange.started_at > self._client.timeout:
+            exchange.error = EchoTimeout()  # the event loop was busy, else it had failed already
+        self._reply_taken(exchange)
+
+    def _reply_taken(self, exchange: Exchange) -> None:
+        """End an exchange that has its reply, once all of the message is sent."""
+        self._is_reply_last = True
+        self._is_reply_exact = not exchange.tag or self.logged_in_since is None
+        if not exchange.unsent:
+            self._finish(exchange)
+
+    def pause_reading(self) -> None:
+        """Read no more, but for what a deadline depends on, until ``resume_reading`` is called."""
+        self._is_paused = True
+        self._reader.stop()
+
+    def resume_reading(self) -> None:
+        """Read again, after ``pause_reading``."""
+        self._is_paused = False
+        if self.is_open and not self._is_shaking_hands:
+            self._reader.start(self._read)
+
+    # -- TLS
+
+    def start_tls(self, tls: TLSLayer, framing: Framing) -> None:
+        """Shake hands, and put TLS between the socket and a new framing.
+
+        Whatever came after the reply that allowed it came without TLS, maybe from an attacker
+        (CVE-2011-0411): then the connection ends.
+
+        :raises ValueError: as ``TCPSocketClient.start_tls``
+        :raises OSError: where the handshake fails; the connection has ended then
+        """
+        if self._tls is not None or self._outgoing or self.awaited_count:
+            raise ValueError("TLS begins once, and while no message is in flight")
+        if not self._is_reply_exact:
+            raise ValueError("after the login, ask for TLS without a tag: by bytes, or a command")
+        self._is_shaking_hands = True
+        self._reader.stop()
+        try:
+            if not self._is_reply_last or self._read() > 0:
+                raise PlaintextAfterStartTLS
+            tls.handshake(self._socket, perf_counter() + self._client.timeout)
+            if not self.is_open:
+                raise ConnectionClosed
+        except BaseException as error:  # a kill, too
+            self.is_end_reported = True
+            self.has_failed_login = True
+            self.end(error if isinstance(error, (ChatError, OSError)) else None)
+            self._socket.close()
+            raise
+        self._is_shaking_hands = False
+        self._tls = tls
+        self._framing = framing
+        self._reader.start(self._read)
+        self._read_behind_handshake()
+        self.flush()  # messages of other greenlets have waited
+
+    # -- how exchanges, and the connection, end
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Let whoever waits for an exchange go on, or have it reported."""
+        if exchange.error is not None:
+            RUN.awaited += exchange.echo != "none"
+        elif exchange.reply is not None:
+            RUN.awaited += 1
+            RUN.echoed += 1
+        if exchange.is_login and exchange.error is not None:
+            self.has_failed_login = True
+        SEND_BATCH.finish(exchange)
+
+    def _fail(self, exchange: Exchange, error: Exception | None) -> None:
+        """End an exchange with an error, or with none where the connection was closed locally."""
+        exchange.reply = None
+        exchange.error = error
+        exchange.received_at = perf_counter()
+        exchange.unsent = b""
+        self._finish(exchange)
+
+    def _stop_awaiting(self, exchange: Exchange) -> None:
+        """Forget an exchange that was awaited."""
+        if exchange.tag:
+            del self._tagged[exchange.tag]
+        else:
+            self._untagged.remove(exchange)
+
+    def _watch_deadline(self, seconds: float) -> None:
+        """Look again when the oldest may be overdue: all have the same time-out."""
+        self._deadline = self._loop.timer(seconds)
+        self._deadline.start(self._on_deadline)
+
+    def _on_deadline(self) -> None:
+        """Fail what is overdue, after a look at what has come while the event loop was busy."""
+        if self._deadline is not None:
+            self._deadline.close()
+            self._deadline = None
+        if not self._is_shaking_hands:
+            self._read_arrived()
+            self.flush()  # the kernel may have room again
+        latest = perf_counter() - self._client.timeout
+        while (oldest := self._oldest_started()) is not None:
+            if oldest.started_at > latest:
+                if self._deadline is None:
+                    self._watch_deadline(oldest.started_at - latest)
+                return
+            self._time_out(oldest)
+
+    def _oldest_started(self) -> Exchange | None:
+        """Return the exchange that started first, or None where nothing is in flight."""
+        firsts = [*self._outgoing[:1], *self._untagged[:1]]
+        firsts += itertools.islice(self._tagged.values(), 1)
+        started = [exchange for exchange in firsts if exchange.started_at]
+        return min(started, key=lambda exchange: exchange.started_at, default=None)
+
+    def _time_out(self, exchange: Exchange) -> None:
+        """Fail an exchange, and end the connection where it is of no more use."""
+        if exchange.unsent:
+            self.end(TimeoutError("the server did not take the message within the time-out"))
+            return
+        self._stop_awaiting(exchange)
+        self._fail(exchange, EchoTimeout())
+        if not exchange.tag:  # a late reply could not be told from that to the next message
+            self.is_end_reported = not exchange.is_abandoned
+            self.end(ConnectionClosed())
+
+    def close(self) -> None:
+        """Send what was handed over, and close."""
+        self.flush()
+        self.end(None)
+
+    def end(self, error: Exception | None) -> None:
+        """Close, and fail what is in flight with the error, or with none for a local close."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self.end_error = error = self.end_error or error  # that of sending comes first
+        self._reader.close()
+        for watcher in (self._writer, self._deadline):
+            if watcher is not None:
+                watcher.close()
+        self._writer = self._deadline = None
+        if self.heartbeat is not None and self.heartbeat is not gevent.getcurrent():
+            self.heartbeat.kill(block=False)
+        self._close_socket()
+        in_flight = (*self._tagged.values(), *self._untagged, *self._outgoing)
+        for exchange in dict.fromkeys(in_flight):
+            self._fail(exchange, error)
+            self.is_end_reported = self.is_end_reported or not exchange.is_abandoned
+        self._outgoing.clear()
+        self._tagged.clear()
+        self._untagged.clear()
+        self._client.on_connection_end(self)
+
+    def _close_socket(self) -> None:
+        """Close the socket, in an orderly way where the server has not."""
+        if self._is_shaking_hands:  # lets the greenlet go on that waits for it, and closes it
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            return
+        is_in_a_message = bool(self._outgoing) and self._outgoing[0].is_in_flight
+        if self._tls is not None and not is_in_a_message:
+            with contextlib.suppress(OSError):  # without it the end looks cut (RFC 8446, 6.1)
+                self._socket.send(self._tls.close())
+        if self.end_error is None:
+            with contextlib.suppress(OSError):  # to close with unread bytes is a reset
+                for _ in range(DISCARDED_AT_CLOSE):
+                    if not self._socket.recv(READ_SIZE):
+                        break
+        self._socket.close()
 
 
-class MessageTooLong(ChatError):
-    """The server sent over 1 MiB without the end of a message."""
+class SendBatch:
+    """What the event loop does in its next iteration: all sends back to back, then wake-ups.
+
+    A server that is woken for each message costs more than one that is at work already. So users
+    that go on send in the next iteration, all together. docs/design.md has the measurements.
+    """
+
+    def __init__(self) -> None:
+        self._to_flush: deque[Connection] = deque()
+        self._finished: deque[Exchange] = deque()
+        self._is_scheduled = False
+
+    def add(self, connection: Connection) -> None:
+        """Let a connection send."""
+        self._to_flush.append(connection)
+        if not self._is_scheduled:
+            self._schedule()
+
+    def finish(self, exchange: Exchange) -> None:
+        """Let whoever waits for the end of this exchange go on."""
+        self._finished.append(exchange)
+        if not self._is_scheduled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        gevent.get_hub().loop.run_callback(self._run)
+
+    def _run(self) -> None:
+        """Send, and wake. What this leads to comes in the next iteration."""
+        try:
+            for _ in range(len(self._to_flush)):
+                self._to_flush.popleft().flush()
+            for _ in range(len(self._finished)):
+                exchange = self._finished.popleft()
+                # Mostly a switch to the user, who comes back here with its next wait.
+                exchange.on_done(exchange)
+        finally:
+            self._is_scheduled = False
+            if self._to_flush or self._finished:
+                self._schedule()
 
 
-class FramingError(ChatError):
-    """The framing failed on what the server sent; level DEBUG logs where."""
+SEND_BATCH = SendBatch()
+
+# ----------------------------------------------------------------------------------- the exchange
+
+# A tag is the identity of its client and the number of the message: 3f9a1c20.17
+TAG = re.compile(rb"[0-9a-f]{8}\.\d{1,9}(?!\d)")
 
 
-class HandlerTooSlow(ChatError):
-    """The user's on_message is 10,000 messages or 16 MiB behind."""
+class Exchange:
+    """One message: what it awaits, when things happened, and how it ended. It does no I/O."""
+
+    __slots__ = (
+        "echo",
+        "error",
+        "expected",
+        "is_abandoned",
+        "is_in_flight",
+        "is_login",
+        "name",
+        "on_done",
+        "payload",
+        "received_at",
+        "reply",
+        "sent_at",
+        "size",
+        "started_at",
+        "tag",
+        "text",
+        "unsent",
+    )
+
+    def __init__(self, payload: bytes, echo: Echo, tag: bytes = b"") -> None:
+        self.payload = payload
+        self.echo = echo
+        self.tag = tag  # empty: sent untagged
+        self.text: str | bytes | None = None  # what the payload was made of, if that is UTF-8
+        self.expected = payload  # what a ``full`` echo has to contain
+        self.name: str | None = None  # of the row that ends it, if it is not the default one
+        self.is_login = False  # sent by ``on_connect``
+        self.unsent = b""  # framed, from its start on encrypted: what the kernel has not taken yet
+        self.size = 0  # bytes, framed
+        self.is_in_flight = False  # the kernel has taken a part of it, or all
+        self.started_at = 0.0  # ``perf_counter``, just before the first send
+        self.sent_at = 0.0  # the kernel has taken the last byte
+        self.received_at = 0.0  # the last byte of the reply arrived, or the exchange failed
+        self.reply: bytes | None = None
+        self.error: Exception | None = None  # neither reply nor error: closed locally
+        self.is_abandoned = False  # its task gave it up: no echo row
+        self.on_done: Callable[[Exchange], object]
+
+    def accepts(self, payload: bytes, has_own_tag: bool) -> bool:
+        """Return whether a payload is the reply to this untagged message.
+
+        :raises EchoFunctionError: where the user's function raises anything
+        """
+        if not callable(self.echo):  # any: not the late echo of a message that was given up
+            return not has_own_tag
+        try:
+            return bool(timed_hook("echo function", self.echo, payload))
+        except (Exception, gevent.Timeout, gevent.GreenletExit) as error:
+            log_place_of(error)
+            raise EchoFunctionError from error
+
+    def take_reply(self, payload: bytes, received_at: float, tag_at: int = 0) -> None:
+        """Take the reply, and judge it where a tag found it.
+
+        :param tag_at: where in the payload the tag is
+        """
+        self.reply = payload
+        # Never before it was sent, whatever the clock of the kernel says.
+        self.received_at = received_at if received_at > self.started_at else self.started_at
+        if self.echo == "full" and payload != self.expected and self.expected not in payload:
+            tag_in_expected = max(0, self.expected.find(self.tag))
+            is_cut = self.expected.startswith(payload[tag_at:], tag_in_expected)
+            self.error = EchoTruncated() if is_cut else EchoAltered()
 
 
-class SettingError(argparse.ArgumentTypeError, ValueError):
-    """A setting is wrong. The text says what was written, and what to write instead."""
+# ------------------------------------------------------------------------ when bytes have arrived
 
-    def __init__(self, written: object, instead: str) -> None:
-        what = repr(written) if written else "an empty setting"
-        super().__init__(f"{what} will not do: write {instead}")
-
-
-def log_place_of(error: Exception) -> None:
-    """Log at level DEBUG where user code failed, without its text, which may hold server bytes."""
-    where = "".join(traceback.format_tb(error.__traceback__))
-    logger.debug("%s\n%s", type(error).__name__, where)
+# Linux, socket(7): the kernel says when it received the last byte that a read returns, on the clock
+# of ``time()``. Python has no names for these.
+SO_TIMESTAMPNS = 35
+TIMESTAMP = struct.Struct("@ll")  # seconds, nanoseconds
+TIMESTAMP_SPACE = 32  # bytes, with the header of ancillary data
+CLOCK_STEP = 0.01  # seconds; ``time()`` has been set if it moves so far against ``perf_counter()``
 
 
-# --------------------------------------------------------------------------------------- framing
+class Arrivals:
+    """Says when bytes arrived: when the kernel had them, however late this process reads them.
+
+    The stamps are on the clock of ``time()``, which may be set during a run. What was stamped
+    before it was set counts as arrived when it is read.
+    """
+
+    def __init__(self) -> None:
+        self.clock_offset = time() - perf_counter()  # seconds; makes a ``time()`` of one
+        self._set_at = 0.0  # ``time()`` when the clock was seen to be set
+
+    def receive(self, sock: socket.socket) -> tuple[bytes, float]:
+        """Return what has arrived, and the ``perf_counter`` at which its last byte did.
+
+        :raises OSError: as ``recv`` does
+        """
+        data, ancillary, _, _ = sock.recvmsg(READ_SIZE, TIMESTAMP_SPACE)
+        if not ancillary:  # the end of the stream
+            return data, perf_counter()
+        seconds, nanoseconds = TIMESTAMP.unpack(ancillary[0][2])
+        return data, self.arrived_at(seconds + nanoseconds * 1e-9)
+
+    def arrived_at(self, stamp: float) -> float:
+        """Return the ``perf_counter`` of a stamp of the kernel, at most now.
+
+        ``time`` comes before ``perf_counter``: what happens between the two makes the time longer.
+        """
+        clock = time()
+        now = perf_counter()
+        RUN.reads += 1
+        offset = clock - now
+        if not -CLOCK_STEP < offset - self.clock_offset < CLOCK_STEP:
+            self._set_at = clock
+        self.clock_offset = offset
+        lag = clock - stamp
+        if lag <= 0 or stamp < self._set_at:
+            return now
+        if lag > LATE_READ:
+            RUN.late_reads += 1
+        return now - lag
+
+
+class UnstampedArrivals(Arrivals):
+    """For systems whose kernels do not say it: bytes arrive when they are read."""
+
+    def receive(self, sock: socket.socket) -> tuple[bytes, float]:
+        """Return what has arrived, and the ``perf_counter`` of now."""
+        data = sock.recv(READ_SIZE)
+        return data, perf_counter()
+
+
+ARRIVALS = Arrivals() if sys.platform == "linux" else UnstampedArrivals()
+
+# -------------------------------------------------------------------------------------------- TLS
+
+
+def takes_self(function: object) -> bool:
+    """Return whether a function has to be given an argument: in a class, it is a method."""
+    if not inspect.isfunction(function):
+        return False
+    parameters = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(each.kind in positional and each.default is each.empty for each in parameters)
+
+
+def maker_of_tls_context(hooks: ChatHooks | type[ChatHooks]) -> Callable[[], ssl.SSLContext]:
+    """Return the ``tls_context`` of hooks: a method, or a function that takes no ``self``."""
+    attribute = inspect.getattr_static(hooks, "tls_context")
+    if inspect.isfunction(attribute) and not takes_self(attribute):
+        return attribute
+    return hooks.tls_context
+
+
+def tls_context_from(make_context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """Return a context: a function's is shared, as it takes 10 ms to read the authorities."""
+    if inspect.ismethod(make_context):
+        context: ssl.SSLContext = make_context()
+        return context
+    return shared_tls_context(make_context)
+
+
+@functools.cache
+def shared_tls_context(make_context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """Return the context that a function makes, made once."""
+    return make_context()
+
+
+class TLSLayer:
+    """TLS between the bytes of the network and those of the framing, without a socket.
+
+    :raises ValueError: for a host that cannot be the name in a certificate
+    """
+
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+        self.is_ended = False  # the other side has said so
+        self._received = ssl.MemoryBIO()
+        self._to_send = ssl.MemoryBIO()
+        name = host.partition("%")[0].removesuffix(".")
+        self._tls = context.wrap_bio(self._received, self._to_send, server_hostname=name)
+
+    def handshake(self, sock: socket.socket, ends_at: float) -> None:
+        """Shake hands over a socket that does not block. Blocks the calling greenlet alone.
+
+        :param ends_at: ``perf_counter`` of its deadline
+        :raises OSError: where it fails, for a wrong certificate say
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                send_all(sock, self._to_send.read(), ends_at)
+                data = receive_before(sock, ends_at)
+                if data:
+                    self._received.write(data)
+                else:
+                    self._received.write_eof()
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    sock.send(self._to_send.read())  # the alert that says what is wrong
+                raise
+            else:
+                send_all(sock, self._to_send.read(), ends_at)
+                return
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """Return the bytes to send for the next bytes of the framing."""
+        rest = memoryview(plaintext)
+        while rest:
+            rest = rest[self._tls.write(rest) :]
+        return self._to_send.read()
+
+    def decrypt(self, data: bytes) -> Iterator[bytes]:
+        """Take received bytes, cut anywhere; yield what is complete for the framing.
+
+        :raises OSError: where the stream is broken
+        """
+        self._received.write(data)
+        while self._received.pending or self._tls.pending():
+            try:
+                plaintext = self._tls.read(READ_SIZE)
+            except ssl.SSLWantReadError:  # only a part of a record, or nothing for the framing
+                return
+            if not plaintext:
+                self.is_ended = True
+                return
+            yield plaintext
+
+    def close(self) -> bytes:
+        """Return the bytes of close_notify, which say that no more will come."""
+        with contextlib.suppress(OSError, ValueError):
+            self._tls.unwrap()
+        return self._to_send.read()
+
+
+def send_all(sock: socket.socket, data: bytes, ends_at: float) -> None:
+    """Send bytes on a socket that does not block. Blocks the calling greenlet alone.
+
+    :raises TimeoutError: at the deadline
+    """
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except BlockingIOError:
+            seconds = max(0.0, ends_at - perf_counter())
+            error = TimeoutError(NO_CONNECTION)
+            gevent.socket.wait_write(sock.fileno(), timeout=seconds, timeout_exc=error)
+
+
+def receive_before(sock: socket.socket, ends_at: float) -> bytes:
+    """Return the next bytes of a socket that does not block; empty at its end.
+
+    :raises TimeoutError: where none have arrived at the deadline
+    """
+    while True:
+        try:
+            return sock.recv(READ_SIZE)
+        except BlockingIOError:
+            # What has arrived is read before the deadline is judged.
+            seconds = ends_at - perf_counter()
+            if seconds <= 0:
+                raise TimeoutError(NO_CONNECTION) from None
+            with contextlib.suppress(TimeoutError):
+                gevent.socket.wait_read(sock.fileno(), timeout=seconds, timeout_exc=TimeoutError())
+
+
+# --------------------------------------------------------------------------------------- framings
 
 
 class Framing(Protocol):
@@ -157,17 +1888,69 @@ class RawFraming:
         return (data,)
 
 
-class LineFraming:
-    r"""A message ends with ``\n``; a ``\r`` before it is dropped."""
+class DelimiterFraming:
+    """A message ends with a delimiter of one byte, which it cannot contain."""
 
-    delimiter = b"\n"
-    r"""What is sent after a message. It ends with ``\n``, and so do the messages that arrive."""
+    delimiter = b"\0"
+    dropped = b""
+    """What is dropped before the delimiter of a message that arrives."""
 
     def __init__(self) -> None:
         self._incomplete = bytearray()
 
     def encode(self, payload: bytes) -> bytes:
-        r"""Return payload and delimiter.
+        """Return payload and delimiter.
+
+        :raises ValueError: for a payload that contains the delimiter
+        """
+        if self.delimiter in payload:
+            raise ValueError("nul framing carries no NUL byte within a message")
+        return payload + self.delimiter
+
+    def feed(self, data: bytes) -> Iterable[bytes]:
+        """Return the messages that end in data.
+
+        :raises MessageTooLong: for a message over the limit
+        """
+        # Nearly every read is one whole message, and READ_SIZE is far below the limit.
+        end = data.find(self.delimiter)
+        is_one_message = end >= 0 and end == len(data) - 1
+        if is_one_message and not self._incomplete and len(data) <= MESSAGE_LIMIT:
+            return (data[:-1].removesuffix(self.dropped),)
+        return self._split(data)
+
+    def _split(self, data: bytes) -> Iterator[bytes]:
+        """Yield the messages that end in data, and keep the rest."""
+        start = 0
+        while (end := data.find(self.delimiter, start)) >= 0:
+            self._extend(data[start:end])
+            payload = bytes(self._incomplete)
+            self._incomplete.clear()
+            yield payload.removesuffix(self.dropped)
+            start = end + 1
+        self._extend(data[start:])
+
+    def _extend(self, data: bytes) -> None:
+        r"""Add data to the incomplete message, which may be as long as one and a ``\r``."""
+        if len(self._incomplete) + len(data) > MESSAGE_LIMIT + 1:
+            raise MessageTooLong
+        self._incomplete += data
+
+
+class NulFraming(DelimiterFraming):
+    """A message ends with a NUL byte (STOMP, XMLSocket)."""
+
+
+class LineFraming(DelimiterFraming):
+    r"""A message ends with ``\n``; a ``\r`` before it is dropped."""
+
+    delimiter = b"\n"
+    dropped = b"\r"
+    line_end = b"\n"
+    r"""What is sent after a message: ``\n``, or what ends with it."""
+
+    def encode(self, payload: bytes) -> bytes:
+        r"""Return payload and line end.
 
         :raises ValueError: for a payload of which the other side would make something else
         """
@@ -175,42 +1958,13 @@ class LineFraming:
             raise ValueError(
                 "line framing carries no line break, and no carriage return at the end of a message"
             )
-        return payload + self.delimiter
-
-    def feed(self, data: bytes) -> Iterable[bytes]:
-        """Return the lines that end in data.
-
-        :raises MessageTooLong: for a line over the limit
-        """
-        # Nearly every read is one whole line, and READ_SIZE is far below the limit.
-        end = data.find(b"\n")
-        is_one_line = end >= 0 and end == len(data) - 1
-        if is_one_line and not self._incomplete and len(data) <= MESSAGE_LIMIT:
-            return (data[:-1].removesuffix(b"\r"),)
-        return self._split(data)
-
-    def _split(self, data: bytes) -> Iterator[bytes]:
-        """Yield the lines that end in data, and keep the rest."""
-        start = 0
-        while (end := data.find(b"\n", start)) >= 0:
-            self._extend(data[start:end])
-            line = bytes(self._incomplete)
-            self._incomplete.clear()
-            yield line.removesuffix(b"\r")
-            start = end + 1
-        self._extend(data[start:])
-
-    def _extend(self, data: bytes) -> None:
-        r"""Add data to the incomplete line, which may be as long as a message and a ``\r``."""
-        if len(self._incomplete) + len(data) > MESSAGE_LIMIT + 1:
-            raise MessageTooLong
-        self._incomplete += data
+        return payload + self.line_end
 
 
 class CrlfFraming(LineFraming):
     r"""Lines, sent with ``\r\n``, for servers that wait for both (Twisted, telnet, muds)."""
 
-    delimiter = b"\r\n"
+    line_end = b"\r\n"
 
 
 class LengthPrefixFraming:
@@ -248,509 +2002,294 @@ class LengthPrefixFraming:
             yield payload
 
 
-# -------------------------------------------------------------------------- settings and address
+BUILT_IN_FRAMINGS = (RawFraming, NulFraming, LineFraming, CrlfFraming, LengthPrefixFraming)
 
-EchoMode = Literal["full", "tag", "any", "none"]
-ECHO_MODES: tuple[EchoMode, ...] = ("full", "tag", "any", "none")
-EchoFunction = Callable[[bytes], bool]
-Echo = EchoMode | EchoFunction
-FramingFactory = Callable[[], Framing]
 
-NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
-PORT = re.compile(r"[1-9]\d{0,4}", re.ASCII)
-LENGTH_FORMAT = re.compile(r"[@=<>!]?[BHILQ]")
-LABEL = r"[^\s:/\[\]@?#\\.]{1,63}"
-ADDRESS = re.compile(
-    rf"(?:(?P<scheme>tls|tcp)://)?"
-    rf"(?:\[(?P<ipv6>[\w:.%]+)\]|(?P<name>{LABEL}(?:\.{LABEL})*))"
-    rf"(?::(?P<port>[^/]*))?"
-)
+def feed_until_error(framing: Framing, data: bytes) -> tuple[list[bytes], BaseException | None]:
+    """Feed a framing; return its payloads, and what it raised behind them."""
+    payloads: list[bytes] = []
+    try:
+        for payload in framing.feed(data):
+            payloads.append(payload)  # each is kept, also where the next raises
+    except (Exception, gevent.Timeout) as error:
+        return payloads, error
+    return payloads, None
 
 
-class Address(NamedTuple):
-    """Where the server is."""
+# ----------------------------------------------------------------------------------------- errors
+# What a request fails with. Locust counts failures by their text, so each class has one fixed text,
+# with nothing in it that the server sent.
 
-    host: str
-    port: int
-    tls: bool
 
+class ChatError(Exception):
+    """The chat failed."""
 
-def parse_address(host: str | None, port: str | None = None) -> Address:
-    """Understand ``host:port``, or a host with the port beside it, ``tcp://`` or ``tls://`` before.
-
-    :raises SettingError: for anything else
-    """
-    match = ADDRESS.fullmatch((host or "").strip())
-    if match is None or (match["port"] is None and not port):
-        raise SettingError(
-            host, "host:port, such as localhost:12345 or tls://[::1]:12345, or add --tcp-port"
-        )
-    written = port if match["port"] is None else match["port"]
-    return Address(match["ipv6"] or match["name"], parse_port(written), match["scheme"] == "tls")
-
-
-def parse_port(value: object) -> int:
-    """Return the number of a port."""
-    text = str(value)
-    if not PORT.fullmatch(text) or int(text) > 65535:
-        raise SettingError(value, "a port from 1 to 65535")
-    return int(text)
-
-
-def parse_framing(value: object) -> FramingFactory:
-    """Return the factory of framings that a name means; a factory is returned as it is."""
-    if callable(value):
-        return value
-    named: dict[object, FramingFactory] = {
-        "line": LineFraming,
-        "crlf": CrlfFraming,
-        "raw": RawFraming,
-    }
-    if value in named:
-        return named[value]
-    if not LENGTH_FORMAT.fullmatch(str(value)):
-        raise SettingError(value, "line (default), crlf, raw, or a prefix like >I, <H")
-    return functools.partial(LengthPrefixFraming, str(value))
-
-
-def parse_echo(value: object) -> EchoMode:
-    """Return the mode that a name means."""
-    for mode in ECHO_MODES:
-        if value == mode:
-            return mode
-    raise SettingError(value, "full (default), tag, any or none")
-
-
-def parse_timeout(value: object) -> float:
-    """Return seconds above 0."""
-    return parse_positive(value, "seconds above 0 (default 5)")
-
-
-def parse_rate(value: object) -> float:
-    """Return messages a second, above 0."""
-    return parse_positive(value, "messages a second above 0, such as 2 or 0.1")
-
-
-def parse_positive(value: object, instead: str) -> float:
-    """Return a number above 0; raise ``SettingError``, which says what to write instead."""
-    if isinstance(value, (int, float)) and 0 < value < float("inf"):  # of a user class
-        return float(value)
-    text = str(value)
-    if not NUMBER.fullmatch(text) or float(text) == 0:
-        raise SettingError(value, instead)
-    return float(text)
-
-
-class Pause(NamedTuple):
-    """The shortest and the longest pause between two messages, in seconds."""
-
-    shortest: float
-    longest: float
-
-
-def parse_pause(value: object) -> Pause:
-    """Understand one number of seconds, or two as ``0.5-2``."""
-    shortest, dash, longest = str(value).partition("-")
-    if not dash:
-        longest = shortest
-    if NUMBER.fullmatch(shortest) and NUMBER.fullmatch(longest):
-        pause = Pause(float(shortest), float(longest))
-        if pause.shortest <= pause.longest:
-            return pause
-    raise SettingError(value, "seconds, such as 2, 0.5-2 or 0 (default 1-3)")
-
-
-def parse_sources(value: object) -> tuple[str, ...]:
-    """Understand the addresses of this machine, with commas between them."""
-    addresses = tuple(str(value).split(","))
-    for address in addresses:
-        try:
-            ipaddress.ip_address(address)
-        except ValueError:
-            instead = "addresses of this machine, such as 127.0.0.1,127.0.0.2"
-            raise SettingError(value, instead) from None
-    return addresses
-
-
-class Option(NamedTuple):
-    """An option of this file. Its value stays text, as the web form has it, until it is used."""
-
-    name: str
-    parse: Callable[[object], object]
-    meaning: str
-    choices: tuple[str, ...] | None = None
-
-    @property
-    def key(self) -> str:
-        """The name among the parsed options, and in capitals that of the environment variable."""
-        return self.name.replace("-", "_")
-
-    def check(self, text: str) -> str:
-        """Return the text as it is: argparse shows the ``SettingError`` of a wrong one.
-
-        Empty means not given, as in a field of the web form that is left empty.
-        """
-        if text:
-            self.parse(text)
-        return text
-
-    def add_to(
-        self, parser: argument_parser.LocustArgumentParser, default: str | None = None
-    ) -> None:
-        """Add it to Locust's options, its environment variable and the web form with it."""
-        parser.add_argument(
-            f"--{self.name}",
-            metavar=f"<{self.name.rpartition('-')[2]}>",
-            env_var=self.key.upper(),
-            type=self.check,
-            choices=self.choices,
-            default=default,
-            help=self.meaning if default is None else f"{self.meaning} (default {default})",
-        )
-
-
-OPTIONS = (
-    Option("tcp-port", parse_port, "Port of the chat server where the host names none"),
-    Option("chat-framing", parse_framing, "Framing: line (default), crlf, raw, or a prefix >I, <H"),
-    Option("chat-echo", parse_echo, "What counts as the echo (default full)", ("", *ECHO_MODES)),
-    Option("chat-timeout", parse_timeout, "Seconds for connecting, and for each echo (default 5)"),
-    Option("chat-wait", parse_pause, "Seconds between messages: 2, 0.5-2 or 0 (default 1-3)"),
-    Option("chat-rate", parse_rate, "Messages a second of each user, in open loop"),
-    Option("chat-source", parse_sources, "Local addresses to connect from in turn: A,B,…"),
-)
-
-
-class Settings(NamedTuple):
-    """What the options say, or else the user class."""
-
-    address: Address
-    framing: FramingFactory
-    echo: EchoMode
-    timeout: float
-    pause: Pause | None
-    rate: float | None
-    sources: tuple[str, ...]
-
-
-def given_options(environment: env.Environment) -> dict[str, str]:
-    """Return the options of this file that were given, as text, after their checks.
-
-    :raises SettingError: for a wrong one, and for two that exclude each other
-    """
-    options = vars(environment.parsed_options) if environment.parsed_options else {}
-    texts: dict[str, str] = {}
-    for option in OPTIONS:
-        text = option.check(str(options.get(option.key) or ""))
-        if text:
-            texts[option.key] = text
-    if "chat_rate" in texts and "chat_wait" in texts:
-        raise SettingError(
-            f"--chat-rate={texts['chat_rate']} with --chat-wait={texts['chat_wait']}",
-            "one of them: a rate is open loop, and has no pauses",
-        )
-    return texts
-
-
-def settings_of(user_class: type[TCPChatUser], environment: env.Environment) -> Settings:
-    """Return the settings of the users of a class.
-
-    :raises SettingError: for the first setting that is wrong
-    """
-    options = given_options(environment)
-    pause = options.get("chat_wait")
-    rate: object = options.get("chat_rate")
-    if rate is None and pause is None:
-        rate = user_class.rate
-    return Settings(
-        address=parse_address(environment.host or user_class.host, options.get("tcp_port")),
-        framing=parse_framing(options.get("chat_framing") or user_class.framing),
-        echo=parse_echo(options.get("chat_echo") or user_class.echo),
-        timeout=parse_timeout(options.get("chat_timeout") or user_class.timeout),
-        pause=None if pause is None else parse_pause(pause),
-        rate=None if rate is None else parse_rate(rate),
-        sources=parse_sources(options["chat_source"]) if "chat_source" in options else (),
-    )
-
-
-# ---------------------------------------------------------------------------------- the exchange
-
-# A tag is the identity of its client and the number of the message: 3f9a1c20.17
-TAG = re.compile(rb"[0-9a-f]{8}\.\d{1,9}(?!\d)")
-
-
-class Exchange:
-    """One message on its way: what it awaits, when things happened, and what came of it."""
-
-    __slots__ = (
-        "abandoned",
-        "answered_with",
-        "arrived",
-        "at_end",
-        "connection",
-        "echo",
-        "expected",
-        "in_login",
-        "message",
-        "name",
-        "outcome",
-        "payload",
-        "returns_bytes",
-        "sent",
-        "size",
-        "started",
-        "tag",
-        "unsent",
-    )
-
-    def __init__(self, connection: Connection, message: str | bytes, echo: Echo) -> None:
-        self.connection = connection
-        self.message = message  # as it is sent
-        self.payload = message if isinstance(message, bytes) else message.encode()
-        self.returns_bytes = False  # as the caller gave bytes
-        self.unsent = b""  # what of it, framed, the kernel has not taken yet
-        self.size = 0  # bytes on the wire
-        self.tag = b""  # empty: sent untagged
-        self.echo = echo
-        self.expected = b""  # what a ``full`` echo has to contain
-        self.name: str | None = None  # of the row that ends it, if it is not the usual one
-        self.in_login = False  # sent by ``on_connect``
-        self.started = 0.0  # ``perf_counter`` when its turn to be sent came
-        self.sent = 0.0  # when the kernel had taken its last byte
-        self.arrived = 0.0  # when the last byte of its echo was read, or when it failed
-        self.outcome: bytes | Exception | None = None  # None: not ended, own close, none awaited
-        self.answered_with: bytes | None = None  # the message that was found to be the echo
-        self.abandoned = False  # its greenlet was stopped: ``send_chat`` is all that is reported
-        self.at_end: Callable[[Exchange], object] = ignore  # lets its greenlet go on, or reports
-
-    @property
-    def is_on_its_way(self) -> bool:
-        """Whether the kernel has taken a part of the message, or all of it."""
-        return not self.unsent or len(self.unsent) < self.size
-
-    def accepts(self, payload: bytes, has_own_tag: bool) -> bool:
-        """Return whether a payload is the answer to this untagged message.
-
-        :raises EchoFunctionError: where the function that the user gave raises anything
-        """
-        if self.echo == "any":
-            return not has_own_tag  # not the late echo of a message that was given up
-        try:
-            return callable(self.echo) and bool(self.echo(payload))
-        except Exception as error:
-            log_place_of(error)
-            raise EchoFunctionError from error
-
-    def judge(self, payload: bytes, tag_at: int) -> bytes | Exception:
-        """Return the payload, which carries this tag, if it is a good echo, else what is wrong."""
-        if payload == self.expected:
-            return self.expected  # the very object, so that ``returned`` need not decode it
-        if self.echo == "tag" or self.expected in payload:
-            return payload
-        from_tag_on = payload[tag_at:]
-        tag_in_expected = max(0, self.expected.find(self.tag))
-        if self.expected.startswith(from_tag_on, tag_in_expected):
-            return EchoTruncated()
-        return EchoAltered()
-
-    def answer(self, payload: bytes, arrived: float, tag_at: int = 0) -> None:
-        """Take its answer. It ends the exchange as soon as all of the message is sent.
-
-        :param tag_at: where in the payload the tag stands
-        """
-        self.answered_with = payload
-        self.outcome = self.judge(payload, tag_at) if self.tag else payload
-        self.arrived = arrived
-        if not self.unsent:
-            TURNS.wake(self)
-
-    def all_sent(self, now: float) -> None:
-        """Note that the kernel has taken the last byte; end it where nothing more is awaited."""
-        self.sent = now
-        if self.echo == "none" or self.outcome is not None:
-            TURNS.wake(self)
-
-    def fail(self, error: Exception | None) -> None:
-        """End it with an error, or with none where the user closed the connection."""
-        self.outcome = error
-        self.answered_with = None
-        self.arrived = perf_counter()
-        self.unsent = b""
-        TURNS.wake(self)
-
-    def returned(self, echo: bytes) -> str | bytes:
-        """Return an echo as the caller gets it: as text where text was sent."""
-        if self.returns_bytes:
-            return echo
-        if echo is self.payload and isinstance(self.message, str):
-            return self.message  # which saves the decoding
-        return echo.decode("utf-8", "replace")
-
-
-def ignore(_: object) -> None:
-    """Do nothing."""
-
-
-class Turns:
-    """What the event loop does in a turn: make all sends back to back, then let users go on.
-
-    Sends are gathered because it costs more to wake a server than to send to one that is at work.
-    Users go on in portions, as what they touch is then still in the processor's cache when they
-    send again. docs/design.md has the measurements.
-    """
-
-    PORTION = 100  # exchanges that end in one turn
+    text = "The chat failed."
 
     def __init__(self) -> None:
-        self._ended: deque[Exchange] = deque()
-        self._to_send: deque[Exchange] = deque()
-        self._is_planned = False
-
-    def wake(self, exchange: Exchange) -> None:
-        """Let whoever waits for the end of this exchange go on in a coming turn."""
-        self._ended.append(exchange)
-        if not self._is_planned:
-            self._plan()
-
-    def send(self, exchange: Exchange) -> None:
-        """Let the message of this exchange be sent in the coming turn."""
-        self._to_send.append(exchange)
-        if not self._is_planned:
-            self._plan()
-
-    def send_all(self) -> None:
-        """Make the sends whose turn it is."""
-        while self._to_send:
-            exchange = self._to_send.popleft()
-            exchange.connection.send_in_turn(exchange)
-
-    def _plan(self) -> None:
-        """Ask the event loop for a turn."""
-        self._is_planned = True
-        gevent.get_hub().loop.run_callback(self._take)
-
-    def _take(self) -> None:
-        """Take a turn, and plan the next where more is left to do."""
-        try:
-            self.send_all()
-            for _ in range(min(len(self._ended), self.PORTION)):
-                exchange = self._ended.popleft()
-                # Mostly a switch to the user, who comes back here with its next wait.
-                exchange.at_end(exchange)
-        finally:
-            self._is_planned = False
-            if self._ended or self._to_send:
-                self._plan()
+        super().__init__(self.text)
 
 
-TURNS = Turns()
+class EchoTimeout(ChatError, TimeoutError):
+    """The server answered too late, or not at all."""
+
+    text = "No echo came within the time-out."
 
 
-class Helpers:
-    """Greenlets for what may block, and so has no place on the event loop.
+class EchoTruncated(ChatError):
+    """The echo carries the tag, but is cut."""
 
-    One helper does job after job. When a job waits for something, another helper takes those that
-    are left: so a job that does not wait costs no switch of its own. Helpers are kept, as to make a
-    greenlet takes 10 µs.
+    text = "The echo ends before the message does."
+
+
+class EchoAltered(ChatError):
+    """The echo carries the tag, but other text."""
+
+    text = "The echo is not what was sent."
+
+
+class EchoRefused(ChatError):
+    """The hook ``is_refusal`` has said so."""
+
+    text = "The server answered with a refusal."
+
+
+class EchoFunctionError(ChatError):
+    """The function given as ``echo``, or the hook ``is_refusal``, has raised something."""
+
+    text = "The function that judges an echo failed; level DEBUG logs where."
+
+
+class ConnectionClosed(ChatError, ConnectionError):
+    """The server hung up, or an untagged exchange that failed left nothing to go on with."""
+
+    text = "The server closed the connection."
+
+
+class MessageTooLong(ChatError):
+    """A flood, or another framing than the server's."""
+
+    text = "The server sent over 1 MiB without the end of a message."
+
+
+class FramingError(ChatError):
+    """A framing of the user's own has raised something."""
+
+    text = "The framing failed on what the server sent; level DEBUG logs where."
+
+
+class HandlerTooSlow(ChatError):
+    """Messages wait for ``on_message``, and it takes none."""
+
+    text = "The user's on_message is 10,000 messages or 16 MiB behind."
+
+
+class PlaintextAfterStartTLS(ChatError, ConnectionError):
+    """Somebody may have put it there (CVE-2011-0411)."""
+
+    text = "The server sent plaintext where the TLS handshake had to begin."
+
+
+class SettingError(argparse.ArgumentTypeError, ValueError):
+    """A setting is wrong.
+
+    :param written: what was written
+    :param what: the name of the setting
+    :param instead: what to write instead
     """
 
-    MOST_IDLE = 100  # greenlets kept
-
-    def __init__(self) -> None:
-        self._jobs: deque[Callable[[], object]] = deque()
-        self._idle: list[gevent.hub.Waiter] = []
-        self._is_planned = False
-
-    def do(self, job: Callable[[], object]) -> None:
-        """Let a helper do a job soon."""
-        self._jobs.append(job)
-        if not self._is_planned:
-            self._is_planned = True
-            gevent.get_hub().loop.run_callback(self._begin)
-
-    def _begin(self) -> None:
-        """Let helpers do all jobs. The event loop calls it."""
-        self._is_planned = False
-        while self._jobs:
-            # Comes back here when no job is left, or when the helper waits for something.
-            if self._idle:
-                self._idle.pop().switch(None)
-            else:
-                gevent.Greenlet(self._work).switch()
-
-    def _work(self) -> None:
-        """Do jobs until none is left, and wait for more, unless there are enough idle helpers."""
-        waiter = gevent.hub.Waiter()
-        while True:
-            while self._jobs:
-                job = self._jobs.popleft()
-                job()
-            if len(self._idle) >= self.MOST_IDLE:
-                return
-            self._idle.append(waiter)
-            waiter.get()
+    def __init__(self, written: object, what: str, instead: str) -> None:
+        shown = "an empty value" if written in ("", None) else repr(written)
+        super().__init__(f"{shown} is not a valid {what}: use {instead}")
 
 
-HELPERS = Helpers()
+def log_place_of(error: BaseException) -> None:
+    """Log at level DEBUG where user code failed, without its text, which may hold server bytes."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.debug("%s\n%s", type(error).__name__, where)
 
 
-# -------------------------------------------------------------------------------- the connection
+# ------------------------------------------------------------------------------- opening a socket
 
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-READABLE, WRITABLE = 1, 2  # what libev, the event loop, watches a socket for
+NO_CONNECTION = "no connection within the time-out"
+NO_LOOK_UP = "the name was not looked up within the time-out"
+LOOK_UP_KEPT = 30.0  # seconds
 # Linux, ip(7): choose the port when connecting, not when binding. Python 3.11 has no name for it.
 IP_BIND_ADDRESS_NO_PORT = 24
+TCP_USER_TIMEOUT = 60_000  # ms that sent bytes may stay unacknowledged: the machine has vanished
+# Seconds of silence before the first probe, seconds between probes, lost probes.
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES = 30, 10, 3
+
+AddressInfo = tuple[
+    socket.AddressFamily,
+    socket.SocketKind,
+    int,
+    str,
+    tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes],
+]
 
 
 def open_socket(
     host: str,
     port: int,
     timeout: float,
-    tls: ssl.SSLContext | None,
+    context: ssl.SSLContext | None,
     source: str | None,
-) -> socket.socket:
-    """Return a connected socket that does not block; the timeout covers look-up, TCP and TLS.
+) -> tuple[socket.socket, TLSLayer | None]:
+    """Return a connected socket that does not block; the time-out covers look-up, TCP and TLS.
 
     :raises OSError: where there is no connection
     :raises ValueError: for a name that cannot be looked up
     """
-    # The block closes ``sock`` after a failure; else it is empty by then, its socket handed on.
-    with gevent.Timeout(timeout, False), connect_socket(host, port, source) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # no waiting as of RFC 896
-        if tls is not None:
-            connected: socket.socket = tls.wrap_socket(sock, server_hostname=host)
-        else:
-            # The event loop reads and writes by itself, and so needs nothing of gevent's socket.
-            plain_socket = gevent.monkey.get_original("socket", "socket")
-            connected = plain_socket(fileno=sock.detach())
-        connected.setblocking(False)
-        return connected
-    # Here only after the time-out, which ends the block silently.
-    raise TimeoutError("no connection within the time-out")
+    ends_at = perf_counter() + timeout
+    sock = connect_socket(host, port, source, ends_at)
+    try:
+        if context is None:
+            return sock, None
+        tls = TLSLayer(context, host)
+        tls.handshake(sock, ends_at)
+        return sock, tls
+    except BaseException:
+        sock.close()
+        raise
 
 
-def connect_socket(host: str, port: int, source: str | None) -> socket.socket:
-    """Return a socket connected to the first address of the host that accepts.
+def connect_socket(host: str, port: int, source: str | None, ends_at: float) -> socket.socket:
+    """Return a socket connected to one of the addresses of the host, which share the time.
 
-    :raises OSError: of the last address that did not
+    :raises OSError: of the last address that did not accept
     """
     failure = OSError("the host has no address of the same family as the source")
-    for family, kind, protocol, _, target in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        if source is not None and family != family_of(source):
-            continue
-        with contextlib.ExitStack() as cleanup:  # closes the socket after a failure or time-out
-            sock = cleanup.enter_context(socket.socket(family, kind, protocol))
-            try:
-                if source is not None:
-                    bind_to_source(sock, source)
-                sock.connect(target)
-            except OSError as error:
-                failure = error
-                continue
-            cleanup.pop_all()  # connected: it stays open
-            return sock
+    addresses = [
+        address
+        for address in addresses_of(host, port, ends_at)
+        if source is None or address[0] == family_of(source)
+    ]
+    for number, address in enumerate(addresses):
+        share = (ends_at - perf_counter()) / (len(addresses) - number)
+        try:
+            return connect_to(address, source, max(0.001, share))
+        except TimeoutError:
+            failure = TimeoutError(NO_CONNECTION)
+        except OSError as error:
+            failure = error
     raise failure
+
+
+def connect_to(address: AddressInfo, source: str | None, seconds: float) -> socket.socket:
+    """Return a socket that is connected to an address and does not block.
+
+    :raises OSError: where it does not accept
+    """
+    family, kind, protocol, _, target = address
+    with socket.socket(family, kind, protocol) as sock:
+        set_options(sock)
+        if source is not None:
+            bind_to_source(sock, source)
+        sock.settimeout(seconds)
+        try:
+            sock.connect(target)
+        except TimeoutError:
+            if not is_connected(sock):  # it may be, where this process stood still meanwhile
+                raise
+        if sock.getsockname() == sock.getpeername():
+            # Linux, on loopback, where nobody listens: by chance it has connected to itself.
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        # The event loop reads and writes by itself: gevent's socket would only cost.
+        plain_class = gevent.monkey.get_original("socket", "socket")
+        plain: socket.socket = plain_class(fileno=sock.detach())
+        plain.setblocking(False)
+        return plain
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Return whether a socket has a peer."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def set_options(sock: socket.socket) -> None:
+    """Send at once, have arrivals stamped, take as much as the server reads, notice its death."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # no waiting as of RFC 896
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform != "linux":
+        return
+    for level, option, value in (
+        (socket.SOL_SOCKET, SO_TIMESTAMPNS, 1),
+        # Else the kernel takes no more until a third of its megabytes is free: a slow, steady
+        # reader would look as if it had stopped.
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, READ_SIZE),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_USER_TIMEOUT),
+    ):
+        with contextlib.suppress(OSError):  # an old kernel, or one that only looks like Linux
+            sock.setsockopt(level, option, value)
+
+
+class LookUp:
+    """The look-up of a name, which all users share: a name server need not be asked by each."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.good_until = math.inf  # ``perf_counter``; while it is under way, all wait for it
+        self.result = gevent.event.AsyncResult()
+        self.users = itertools.count()
+        # A greenlet of its own: who asked first may be stopped.
+        gevent.spawn(self._look_up, host, port)
+
+    def _look_up(self, host: str, port: int) -> None:
+        try:
+            addresses = look_up(host, port)
+        except (OSError, ValueError) as error:
+            self.good_until = 0.0
+            self.result.set_exception(error)
+        else:
+            self.good_until = perf_counter() + LOOK_UP_KEPT
+            self.result.set(addresses)
+
+
+def look_up(host: str, port: int) -> list[AddressInfo]:
+    """Return the addresses of a name. ``localhost.`` and the like are in no name server.
+
+    :raises OSError: where it has none
+    :raises ValueError: where it cannot be a name
+    """
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        if not host.endswith("."):
+            raise
+        addresses = socket.getaddrinfo(host.removesuffix("."), port, type=socket.SOCK_STREAM)
+    return list(addresses)
+
+
+LOOK_UPS: dict[tuple[str, int], LookUp] = {}
+
+
+def addresses_of(host: str, port: int, ends_at: float) -> list[AddressInfo]:
+    """Return the addresses of a name. It is looked up again after half a minute, or a failure.
+
+    Users begin in turn with those of the family that the resolver puts first: so the nodes of a
+    cluster behind one name share the users.
+
+    :raises OSError: where it has none, or the look-up takes too long
+    :raises ValueError: where it cannot be a name
+    """
+    shared = LOOK_UPS.get((host, port))
+    if shared is None or perf_counter() > shared.good_until:
+        shared = LOOK_UPS[host, port] = LookUp(host, port)
+    try:
+        addresses: list[AddressInfo] = shared.result.get(timeout=ends_at - perf_counter())
+    except gevent.Timeout:
+        raise TimeoutError(NO_LOOK_UP) from None
+    first = [address for address in addresses if address[0] == addresses[0][0]]
+    others = [address for address in addresses if address[0] != addresses[0][0]]
+    start = next(shared.users) % len(first)
+    return first[start:] + first[:start] + others
 
 
 def family_of(source: str) -> socket.AddressFamily:
@@ -776,841 +2315,13 @@ def rotation_of(sources: tuple[str, ...]) -> Iterator[str]:
     return itertools.cycle(sources)
 
 
-@functools.cache
-def shared_tls_context(factory: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    """Return the context that a factory makes: one for all, as reading authorities is slow."""
-    return factory()
+# -------------------------------------------------------------------------------------- open loop
 
-
-class Backlog:
-    """How much waits for the ``on_message`` of a client, on all connections it has had."""
-
-    __slots__ = ("bytes", "messages")
-
-    def __init__(self) -> None:
-        self.messages = 0
-        self.bytes = 0
-
-
-class Inbox:
-    """The messages of a connection that no exchange took, on their way to ``on_message``.
-
-    They are handled in order, by a helper that is there while there are any.
-    """
-
-    __slots__ = ("_backlog", "_handle", "_is_handling", "_messages")
-
-    def __init__(self, handle: Callable[[bytes, float], None], backlog: Backlog) -> None:
-        self._handle = handle
-        self._backlog = backlog
-        self._messages: deque[tuple[bytes, float]] = deque()
-        self._is_handling = False
-
-    def put(self, payload: bytes, arrived: float) -> None:
-        """Let a message be handled when its turn comes.
-
-        :raises HandlerTooSlow: where too many are waiting already
-        """
-        backlog = self._backlog
-        backlog.messages += 1
-        backlog.bytes += len(payload)
-        self._messages.append((payload, arrived))
-        if backlog.messages > BACKLOG_MESSAGES or backlog.bytes > BACKLOG_BYTES:
-            self.drop()
-            raise HandlerTooSlow
-        if not self._is_handling:
-            self._is_handling = True
-            HELPERS.do(self._handle_all)
-
-    def drop(self) -> None:
-        """Forget the messages that are waiting."""
-        while self._messages:
-            self._next()
-
-    def _next(self) -> tuple[bytes, float]:
-        payload, arrived = self._messages.popleft()
-        self._backlog.messages -= 1
-        self._backlog.bytes -= len(payload)
-        return payload, arrived
-
-    def _handle_all(self) -> None:
-        try:
-            while self._messages:
-                self._handle(*self._next())
-            self._is_handling = False
-        except BaseException:  # a kill or GreenletExit ends this greenlet, and another goes on
-            HELPERS.do(self._handle_all)
-            raise
-
-
-class Watcher(Protocol):
-    """What gevent's event loop calls back when a socket is ready, or a time has come."""
-
-    def start(self, callback: Callable[[], None]) -> None:
-        """Watch from now on."""
-
-    def close(self) -> None:
-        """Watch no more."""
-
-
-class Connection:
-    """A connected socket, with all that lives and dies with it. That it exists is "connected".
-
-    The event loop calls ``send_in_turn``, ``_read``, ``_on_writable`` and ``_on_deadline``: none of
-    them may block or raise, as that would stop all users.
-    """
-
-    __slots__ = (
-        "_deadline",
-        "_framing",
-        "_identity",
-        "_on_end",
-        "_reader",
-        "_socket",
-        "_tagged",
-        "_timeout",
-        "_unsent",
-        "_untagged",
-        "_waiting_for_turn",
-        "_writer",
-        "end_error",
-        "inbox",
-        "is_open",
-        "since",
-    )
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        framing: Framing,
-        identity: str,
-        timeout: float,
-        on_end: Callable[[Connection, Exception | None, bool], None],
-    ) -> None:
-        self.since = perf_counter()
-        self.is_open = True
-        self.end_error: Exception | None = None  # None after an own close, too
-        self.inbox: Inbox | None = None  # of the user's ``on_message``, if there is one
-        self._socket = sock
-        self._framing = framing
-        self._identity = identity.encode()
-        self._timeout = timeout
-        self._on_end = on_end
-        # Lists, as most are empty or hold one exchange: an empty deque takes 600 bytes.
-        self._unsent: list[Exchange] = []  # begun, but the kernel was full
-        self._tagged: dict[bytes, Exchange] = {}  # begun; their echoes are awaited
-        self._untagged: list[Exchange] = []  # the same, oldest first
-        self._waiting_for_turn = 0  # messages that have not begun
-        loop = gevent.get_hub().loop
-        self._reader: Watcher = loop.io(sock.fileno(), READABLE)
-        self._reader.start(self._read)
-        self._writer: Watcher | None = None  # there is one while the kernel is full
-        self._deadline: Watcher | None = None  # a timer, there is one while anything is in flight
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether anything is in flight of which somebody wants to know the end."""
-        begun = itertools.chain(*self._begun_in_order())
-        return self._waiting_for_turn > 0 or any(not exchange.abandoned for exchange in begun)
-
-    def _begun_in_order(self) -> tuple[Collection[Exchange], ...]:
-        """Return the exchanges that have begun, the oldest of each kind first."""
-        return self._unsent, self._tagged.values(), self._untagged
-
-    # -- a message goes out
-
-    def enqueue(self, exchange: Exchange) -> None:
-        """Frame a message and let it be sent in its turn.
-
-        :raises ValueError: where the framing cannot carry it, or would send nothing
-        :raises TypeError: where a framing of the user's own does not return bytes
-        """
-        exchange.unsent = bytes(self._framing.encode(exchange.payload))  # str is an error here
-        exchange.size = len(exchange.unsent)
-        if exchange.size == 0:
-            raise ValueError("an empty message sends nothing in this framing: write a byte")
-        self._waiting_for_turn += 1
-        TURNS.send(exchange)
-
-    def send_in_turn(self, exchange: Exchange) -> None:
-        """Begin an exchange, now that its turn has come: start its clock and send."""
-        self._waiting_for_turn -= 1
-        if exchange.abandoned:
-            return
-        if self.is_open and not exchange.tag and exchange.echo != "none":
-            self._read_what_has_arrived()  # what came before is not the answer
-        if not self.is_open:
-            exchange.fail(self.end_error)
-            return
-        self._await_answer(exchange)
-        if self._unsent or not self._send(exchange):
-            self._unsent.append(exchange)
-            self._watch_writable()
-
-    def _await_answer(self, exchange: Exchange) -> None:
-        """Start the clock of an exchange, and keep it where its answer finds it."""
-        exchange.started = perf_counter()
-        if exchange.echo != "none":
-            if exchange.tag:
-                self._tagged[exchange.tag] = exchange
-            else:
-                self._untagged.append(exchange)
-        if self._deadline is None:
-            self._watch_deadline(self._timeout)
-
-    def _send(self, exchange: Exchange) -> bool:
-        """Send what the kernel takes now; return False where it will take more later."""
-        try:
-            taken = self._socket.send(exchange.unsent)
-        except WOULD_BLOCK:
-            return False
-        except OSError as error:
-            self.end(error, is_told=not exchange.abandoned)
-            if exchange.unsent:  # its echo was not awaited, so that the end did not know of it
-                exchange.fail(error)
-            return True
-        exchange.unsent = exchange.unsent[taken:]
-        if exchange.unsent:
-            return False
-        exchange.all_sent(perf_counter())
-        return True
-
-    def _watch_writable(self) -> None:
-        """Go on sending when the kernel has room."""
-        if self._writer is None:
-            watcher: Watcher = gevent.get_hub().loop.io(self._socket.fileno(), WRITABLE)
-            watcher.start(self._on_writable)
-            self._writer = watcher
-
-    def _on_writable(self) -> None:
-        if self._untagged:
-            self._read_what_has_arrived()  # what came before they were sent is not their answer
-        while self._unsent and self._send(self._unsent[0]):
-            del self._unsent[:1]  # none is left where the connection has ended
-        if self._writer is not None and not self._unsent:
-            self._writer.close()
-            self._writer = None
-
-    # -- a message comes in
-
-    def _read_what_has_arrived(self) -> None:
-        """Read all that is waiting now, and not for ever where a server sends without an end."""
-        waiting = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)  # at most
-        while waiting > 0:
-            count = self._read()
-            if count == 0:
-                return
-            waiting -= count
-
-    def _read(self) -> int:
-        """Read once and deliver the messages that are complete; return how many bytes came."""
-        try:
-            data = self._socket.recv(READ_SIZE)
-        except WOULD_BLOCK:
-            return 0
-        except OSError as error:
-            self.end(error)
-            return 0
-        arrived = perf_counter()
-        if not data:
-            self.end(ConnectionClosed())
-            return 0
-        try:
-            for payload in self._framing.feed(data):
-                self._deliver(payload, arrived)
-        except ChatError as error:
-            self.end(error)
-        except Exception as error:  # a framing of the user's own can raise anything
-            log_place_of(error)
-            self.end(FramingError())
-        return len(data)
-
-    def _deliver(self, payload: bytes, arrived: float) -> None:
-        """Take a message to where it belongs: to the exchange that awaits it, or else on_message.
-
-        A message that carries several of this client's tags (framing ``raw``) answers each.
-        """
-        if len(self._tagged) == 1:  # mostly so, and then mostly its echo as it was sent
-            (exchange,) = self._tagged.values()
-            if payload == exchange.payload and exchange.expected is exchange.payload:
-                self._tagged.clear()
-                exchange.answer(payload, arrived)
-                return
-        has_own_tag = False
-        is_taken = False
-        position = payload.find(self._identity)
-        while position >= 0:
-            tag = TAG.match(payload, position)
-            if tag is not None:
-                has_own_tag = True
-                owner = self._tagged.pop(tag[0], None)
-                if owner is not None:
-                    owner.answer(payload, arrived, position)
-                    is_taken = True
-            position = payload.find(self._identity, position + len(self._identity))
-        if not is_taken:
-            self._deliver_untagged(payload, arrived, has_own_tag)
-
-    def _deliver_untagged(self, payload: bytes, arrived: float, has_own_tag: bool) -> None:
-        """Take a message to the oldest untagged exchange that it answers, or else on_message."""
-        for exchange in self._untagged:
-            if exchange.is_on_its_way and exchange.accepts(payload, has_own_tag):
-                self._untagged.remove(exchange)
-                exchange.answer(payload, arrived)
-                return
-        if self.inbox is not None:
-            self.inbox.put(payload, arrived)
-
-    # -- nothing comes in
-
-    def _watch_deadline(self, seconds: float) -> None:
-        """Look in so many seconds whether an exchange is overdue.
-
-        All have the same time-out, so the first to be overdue is one that began first: no timer
-        has to be set for each message.
-        """
-        timer: Watcher = gevent.get_hub().loop.timer(seconds)
-        timer.start(self._on_deadline)
-        self._deadline = timer
-
-    def _on_deadline(self) -> None:
-        """Fail what is overdue, and look again when the next may be."""
-        if self._deadline is not None:
-            self._deadline.close()
-            self._deadline = None
-        latest_start = perf_counter() - self._timeout
-        self._fail_overdue(latest_start)
-        oldest = [next(iter(begun)).started for begun in self._begun_in_order() if begun]
-        if oldest:
-            self._watch_deadline(max(0.0, min(oldest) - latest_start))
-
-    def _fail_overdue(self, latest_start: float) -> None:
-        """Fail the exchanges that began so early, and end the connection where it is of no use."""
-        overdue: list[Exchange] = []
-        for begun in self._begun_in_order():
-            overdue += itertools.takewhile(lambda e: e.started <= latest_start, begun)
-        is_sent_in_time = all(not exchange.unsent for exchange in overdue)
-        untagged = [exchange for exchange in overdue if not exchange.tag and not exchange.unsent]
-        for exchange in overdue:
-            if exchange.unsent:
-                continue
-            exchange.fail(EchoTimeout())
-            if exchange.tag:
-                del self._tagged[exchange.tag]
-            else:
-                self._untagged.remove(exchange)
-        if not is_sent_in_time:
-            self.end(TimeoutError("the server did not take the message within the time-out"))
-        elif untagged:  # a late answer could not be told from that to the next message
-            is_told = any(not exchange.abandoned for exchange in untagged)
-            self.end(ConnectionClosed(), is_told=is_told)
-
-    # -- the end
-
-    def end(self, error: Exception | None, *, is_told: bool = False) -> None:
-        """Close, and fail what is in flight with the error, or with none for an own close.
-
-        :param is_told: a row tells of the end already
-        """
-        if not self.is_open:
-            return
-        self.is_open = False
-        self.end_error = error
-        for watcher in (self._reader, self._writer, self._deadline):
-            if watcher is not None:
-                watcher.close()
-        close_socket(self._socket)
-        is_told = is_told or self._waiting_for_turn > 0  # these fail when their turn comes
-        # An exchange may be both unsent and awaited.
-        for exchange in dict.fromkeys(itertools.chain(*self._begun_in_order())):
-            exchange.fail(error)
-            is_told = is_told or not exchange.abandoned
-        self._unsent.clear()
-        self._tagged.clear()
-        self._untagged.clear()
-        if self.inbox is not None and error is None:  # else what has come is handled
-            self.inbox.drop()
-        self._on_end(self, error, is_told)
-
-
-def close_socket(sock: socket.socket) -> None:
-    """Close a socket, after TLS's own good-bye: without it the end looks cut (RFC 8446, 6.1)."""
-    if isinstance(sock, ssl.SSLSocket):
-        with contextlib.suppress(OSError, ValueError):
-            sock.unwrap()
-    sock.close()
-
-
-# ------------------------------------------------------------------------------------ the client
-
-RUN = random.getrandbits(32)  # where the identities of this run begin
-CLIENT_NUMBERS = itertools.count()
-
-
-def new_identity() -> str:
-    """Return eight hexadecimal digits that no other client of this run is likely to have.
-
-    Locust forks workers after this file was loaded: they share RUN, and their process numbers are
-    multiplied so that what they count from lies far apart.
-    """
-    number = RUN + os.getpid() * 0x9E3779B1 + next(CLIENT_NUMBERS)
-    return f"{number % 2**32:08x}"
-
-
-class BackOff:
-    """The pauses between attempts to connect, so that users do not storm a recovering server.
-
-    They double from 0.1 s to 5 s with full jitter: any pause up to the present one is as likely
-    (AWS Architecture Blog, "Exponential Backoff And Jitter").
-    """
-
-    def __init__(self) -> None:
-        self._failures = 0
-        self._next_attempt = 0.0
-
-    def wait(self) -> None:
-        """Wait until the next attempt may be made."""
-        gevent.sleep(max(0.0, self._next_attempt - perf_counter()))
-
-    def put_off(self) -> None:
-        """Put off the next attempt, more after each failure."""
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures, 10))
-        self._next_attempt = perf_counter() + random.uniform(0, longest)
-        self._failures += 1
-
-    def reset(self) -> None:
-        """Begin with the shortest pause again."""
-        self._failures = 0
-
-
-class Attempt:
-    """An attempt to connect and log in that is under way; who needs a connection waits for it."""
-
-    def __init__(self) -> None:
-        self.greenlet = gevent.getcurrent()
-        self.result = gevent.event.AsyncResult()  # whether it succeeded; None: try yourself
-        self.has_failed_row = False  # a message of ``on_connect`` failed: that is told already
-        self.is_cancelled = False  # ``close`` was called
-
-
-def usual_compose(tag: str, message: str) -> str | bytes:
-    """Put the tag at the start: a server that cuts long messages still returns it."""
-    return f"[{tag}] {message}"
-
-
-def usual_error_report(error: Exception) -> None:
-    """Log what the user's code raised where no task of Locust's takes it."""
-    logger.error("%s", error, exc_info=error)
-
-
-class TCPSocketClient:
-    """A chat connection, which opens again when it is needed.
-
-    A call blocks its caller alone: other users go on. What the server does wrong is a request
-    event, and never raised into the task.
-
-    :param host: name or address of the server
-    :param port: its port
-    :param request_event: what events are fired on: Locust's ``environment.events.request``
-    :param framing: as in :class:`TCPChatUser`, and so ``echo`` and ``timeout``
-    :param tls: makes the context of TLS connections; None for connections without TLS
-    :param sources: local addresses to connect from, in turn
-    :param waits: whether ``send_chat`` waits unless told otherwise; not in open loop
-    :param compose: as in :class:`TCPChatUser`, and so ``expected``, ``is_refusal``, ``on_connect``
-    :param on_message: the same; None drops the messages that no exchange takes
-    :param report_error: takes what ``on_message`` raises, and ``is_refusal`` where nobody waits
-    :raises ValueError: for a wrong framing, echo or timeout
-    :raises OSError: where ``tls`` does, for a missing file say
-    """
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        request_event: event.EventHook,
-        *,
-        framing: str | FramingFactory = "line",
-        echo: EchoMode = "full",
-        timeout: float = 5.0,
-        tls: Callable[[], ssl.SSLContext] | None = None,
-        sources: tuple[str, ...] = (),
-        waits: bool = True,
-        compose: Callable[[str, str], str | bytes] = usual_compose,
-        expected: Callable[[str, str], str | bytes | None] | None = None,
-        is_refusal: Callable[[bytes], bool] | None = None,
-        on_connect: Callable[[], object] | None = None,
-        on_message: Callable[[bytes, float], object] | None = None,
-        report_error: Callable[[Exception], object] = usual_error_report,
-    ) -> None:
-        self.host = host
-        self.port = port
-        self.timeout = parse_timeout(timeout)
-        self.identity = new_identity()
-        self._request_event = request_event
-        self._new_framing = parse_framing(framing)
-        self._echo: Echo = parse_echo(echo)
-        self._tls = None if tls is None else shared_tls_context(tls)
-        self._sources = sources
-        self._waits = waits
-        self._compose = compose
-        self._expected = expected
-        self._is_refusal = is_refusal
-        self._on_connect = on_connect
-        self._on_message = on_message
-        self._report_error = report_error
-        self._message_numbers = itertools.count(1)
-        self._back_off = BackOff()
-        self._backlog = Backlog()
-        self._unreported = 0  # reports that helpers have still to make
-        self._connection: Connection | None = None
-        self._attempt: Attempt | None = None
-        # The greenlets in ``on_connect`` and ``on_message``, whose messages go over one connection
-        # or none.
-        self._bound: dict[gevent.Greenlet, Connection] = {}
-
-    @property
-    def connected_since(self) -> float | None:
-        """When the connection was opened (``time.perf_counter``); None where there is none."""
-        if self._connection is None:
-            return None
-        return self._connection.since
-
-    # -- messages
-
-    def send_chat(
-        self,
-        message: str | bytes,
-        *,
-        echo: Echo | None = None,
-        wait: bool | None = None,
-        name: str | None = None,
-    ) -> str | bytes | None:
-        """Send a message, connecting first if need be, and wait for its echo.
-
-        Text is tagged, unless it starts with ``/`` (a command) or echo is ``any`` or a function;
-        ``bytes`` go out as they are. The README has a table of what counts as the echo.
-
-        :param echo: what counts as the echo of this message, instead of the client's mode; a
-            function is called on the event loop, and must not block
-        :param wait: False: hand the message over and go on; its rows come with its echo. None: wait
-            in closed loop and in ``on_connect``
-        :param name: of the row that ends the exchange, instead of ``echo_response``, or of
-            ``send_chat`` where no echo is awaited
-        :returns: the echo, ``bytes`` for a ``bytes`` message; None where the exchange failed, no
-            echo is awaited, or it does not wait
-        :raises ValueError: for a message that cannot be sent so, before anything is sent
-        """
-        if echo is None:
-            echo = self._echo
-        elif not callable(echo):
-            echo = parse_echo(echo)
-        connection = self._usable_connection()
-        if connection is None:
-            return None
-        exchange = self._new_exchange(connection, message, echo)
-        exchange.name = name
-        exchange.in_login = self._attempt is not None and self._is_logging_in()
-        if wait is None:
-            wait = self._waits or exchange.in_login
-        if wait:
-            return self._exchange_and_wait(exchange)
-        exchange.at_end = self._report_by_helper
-        connection.enqueue(exchange)
-        return None
-
-    def _usable_connection(self) -> Connection | None:
-        """Return the connection that the calling greenlet may use, or None where there is none."""
-        if self._bound:
-            bound = self._bound.get(gevent.getcurrent())
-            if bound is not None and bound.is_open:
-                return bound
-            if bound is not None:
-                gevent.sleep(0)  # who tries again and again lets others go on
-                return None
-        if (self._connection is None or self._attempt is not None) and not self.connect():
-            return None
-        return self._connection
-
-    def _is_logging_in(self) -> bool:
-        """Return whether the calling greenlet connects: in ``on_connect``, or a listener then."""
-        attempt = self._attempt
-        return attempt is not None and attempt.greenlet is gevent.getcurrent()
-
-    def _new_exchange(self, connection: Connection, message: str | bytes, echo: Echo) -> Exchange:
-        """Return the exchange of a message, tagged if it is to be."""
-        if isinstance(message, bytes) or message.startswith("/"):
-            if echo in ("full", "tag"):
-                echo = "any"
-        elif echo in ("full", "tag", "none"):
-            return self._tagged_exchange(connection, message, echo)
-        exchange = Exchange(connection, message, echo)
-        exchange.returns_bytes = isinstance(message, bytes)
-        return exchange
-
-    def _tagged_exchange(self, connection: Connection, message: str, echo: Echo) -> Exchange:
-        """Return the exchange of a text that gets a tag.
-
-        :raises ValueError: where ``compose`` leaves the tag out, or makes it another
-        """
-        tag = f"{self.identity}.{next(self._message_numbers)}"
-        exchange = Exchange(connection, self._compose(tag, message), echo)
-        exchange.tag = tag.encode()
-        start = exchange.payload.find(exchange.tag)
-        if start < 0:
-            raise ValueError("compose left out the tag: what it returns has to contain it")
-        end = start + len(exchange.tag)
-        if exchange.payload[end : end + 1].isdigit():
-            raise ValueError("compose put a digit right behind the tag: put a space between")
-        exchange.expected = exchange.payload
-        if self._expected is not None:
-            expected = self._expected(tag, message)
-            if expected is not None:
-                exchange.expected = expected if isinstance(expected, bytes) else expected.encode()
-        return exchange
-
-    def _exchange_and_wait(self, exchange: Exchange) -> str | bytes | None:
-        """Send a message, wait until its exchange has ended, report it and return the echo."""
-        waiter = gevent.hub.Waiter()
-        exchange.at_end = waiter.switch
-        exchange.connection.enqueue(exchange)
-        try:
-            waiter.get()
-        except BaseException:  # Locust stops this user, or the task has a time-out of its own
-            exchange.abandoned = True
-            exchange.at_end = self._report_by_helper
-            raise
-        return self._report(exchange)
-
-    # -- reports
-
-    def _report(self, exchange: Exchange) -> str | bytes | None:
-        """Fire the rows of an exchange that has ended; return the echo, or None."""
-        sending_row, echo_row = self._row_names(exchange)
-        if exchange.sent:
-            self._fire(sending_row, exchange.sent - exchange.started, exchange.size)
-        if exchange.abandoned:
-            return None
-        outcome = self._outcome(exchange)
-        if outcome is None:
-            return None
-        seconds = exchange.arrived - (exchange.started or exchange.arrived)
-        if isinstance(outcome, Exception):
-            if exchange.sent:
-                size = len(exchange.answered_with or b"")
-                self._fire_failure(exchange, echo_row, seconds, size, outcome)
-            else:
-                self._fire_failure(exchange, sending_row, seconds, exchange.size, outcome)
-            return None
-        if not exchange.in_login:  # else an attempt after a refused login would come too soon
-            self._back_off.reset()
-        self._fire(echo_row, seconds, len(outcome))
-        return exchange.returned(outcome)
-
-    def _outcome(self, exchange: Exchange) -> bytes | Exception | None:
-        """Return what came of an exchange: a refusal, where the user sees one in the echo."""
-        answer = exchange.answered_with
-        if answer is not None and self._is_refusal is not None and self._is_refusal(answer):
-            return EchoRefused()
-        return exchange.outcome
-
-    def _row_names(self, exchange: Exchange) -> tuple[str, str]:
-        """Return the names of the rows for the sending and for the echo of a message."""
-        if exchange.echo == "none":
-            return exchange.name or "send_chat", ""
-        if exchange.in_login:
-            return "send_chat", exchange.name or "login"
-        return "send_chat", exchange.name or "echo_response"
-
-    def _report_by_helper(self, exchange: Exchange) -> None:
-        """Report an exchange that has ended, where no greenlet waits for its end."""
-        self._let_helper(self._report, exchange)
-
-    def _let_helper(self, report: Callable[..., object], *arguments: object) -> None:
-        """Let a helper call ``_report`` or ``_fire``: a listener may block, the event loop not."""
-        self._unreported += 1
-        HELPERS.do(functools.partial(self._make_report, report, *arguments))
-
-    def _make_report(self, report: Callable[..., object], *arguments: object) -> None:
-        try:
-            report(*arguments)
-        except (Exception, gevent.Timeout) as error:  # of a listener, or of ``is_refusal``
-            self._report_error(error)
-        finally:
-            self._unreported -= 1
-
-    def _fire_failure(
-        self, exchange: Exchange, name: str, seconds: float, size: int, error: Exception
-    ) -> None:
-        """Fire the row of a failed message."""
-        if exchange.in_login and self._attempt is not None:
-            self._attempt.has_failed_row = True
-        self._fire(name, seconds, size, error)
-
-    def _fire(self, name: str, seconds: float, size: int, error: Exception | None = None) -> None:
-        """Fire a request event. Never on the event loop: a listener may block."""
-        self._request_event.fire(
-            request_type="TCP",
-            name=name,
-            response_time=seconds * 1000,
-            response_length=size,
-            exception=error,
-            context={},
-        )
-
-    # -- the connection
-
-    def connect(self) -> bool:
-        """Connect and log in, unless that is done; return whether the connection stands.
-
-        After failures this waits first. Greenlets that call it at the same time share an attempt.
-        """
-        bound = self._bound.get(gevent.getcurrent())
-        if bound is not None:
-            return bound.is_open
-        if self._is_logging_in():  # a listener of the row ``connect`` uses the client
-            return self._connection is not None
-        while self._attempt is not None:
-            succeeded: bool | None = self._attempt.result.get()
-            if succeeded is not None:
-                return succeeded
-        if self._connection is not None:
-            return True
-        return self._make_attempt()
-
-    def close(self) -> None:
-        """Close the connection if there is one. The next message opens a new one."""
-        if self._attempt is not None:
-            self._attempt.is_cancelled = True
-        TURNS.send_all()  # what was handed over goes out
-        if self._connection is not None:
-            self._connection.end(None)
-
-    def wait_for_echoes(self, seconds: float) -> None:
-        """Wait until nothing is in flight and all is reported, at most so many seconds."""
-        limit = perf_counter() + seconds
-        while perf_counter() < limit:
-            is_awaited = self._connection is not None and self._connection.is_awaited
-            if not is_awaited and self._unreported == 0:
-                return
-            gevent.sleep(0.01)  # a run stops only once: nothing is gained by being told
-
-    def _make_attempt(self) -> bool:
-        """Connect and log in, and tell those who wait for it how it went."""
-        attempt = self._attempt = Attempt()
-        succeeded: bool | None = None
-        try:
-            succeeded = self._open_and_log_in(attempt)
-        except BaseException:  # without its login, the connection is of no use to others
-            self.close()
-            raise
-        finally:
-            self._attempt = None
-            attempt.result.set(succeeded)
-        return bool(succeeded)
-
-    def _open_and_log_in(self, attempt: Attempt) -> bool | None:
-        """Return whether the connection stands; None where the attempt was cancelled."""
-        self._back_off.wait()
-        started = perf_counter()
-        try:
-            sock = self._open_socket()
-        except (OSError, ValueError) as error:
-            self._back_off.put_off()
-            self._fire("connect", perf_counter() - started, 0, error)
-            return False
-        if attempt.is_cancelled:
-            sock.close()
-            return None
-        connection = self._new_connection(sock)
-        self._connection = connection
-        self._fire("connect", connection.since - started, 0)
-        if self._on_connect is not None and connection.is_open:
-            self._log_in(self._on_connect, connection, attempt)
-        return connection.is_open
-
-    def _open_socket(self) -> socket.socket:
-        """Return a connected socket; raise ``OSError`` or ``ValueError`` where there is none."""
-        source = next(rotation_of(self._sources)) if self._sources else None
-        return open_socket(self.host, self.port, self.timeout, self._tls, source)
-
-    def _new_connection(self, sock: socket.socket) -> Connection:
-        """Return the connection of a connected socket."""
-        framing = self._new_framing()
-        connection = Connection(sock, framing, self.identity, self.timeout, self._on_connection_end)
-        if self._on_message is not None:
-            handle = functools.partial(self._handle, self._on_message, connection)
-            connection.inbox = Inbox(handle, self._backlog)
-        return connection
-
-    def _log_in(
-        self, on_connect: Callable[[], object], connection: Connection, attempt: Attempt
-    ) -> None:
-        """Run the user's login. One that raises ends the connection."""
-        self._bound[attempt.greenlet] = connection
-        try:
-            on_connect()
-        except (OSError, ValueError) as error:
-            connection.end(None)
-            if not attempt.has_failed_row:
-                self._fire("login", perf_counter() - connection.since, 0, error)
-        except Exception:  # a mistake in on_connect, which Locust reports
-            connection.end(None)
-            raise
-        finally:
-            del self._bound[attempt.greenlet]
-            was_given_up = not connection.is_open and connection.end_error is None
-            if was_given_up:  # an end by the server has put it off already
-                self._back_off.put_off()
-
-    def _handle(
-        self,
-        on_message: Callable[[bytes, float], object],
-        connection: Connection,
-        payload: bytes,
-        arrived: float,
-    ) -> None:
-        """Give a message to the user's handler."""
-        greenlet = gevent.getcurrent()
-        self._bound[greenlet] = connection
-        try:
-            on_message(payload, arrived)
-        except (Exception, gevent.Timeout) as error:
-            self._report_error(error)
-        finally:
-            del self._bound[greenlet]
-
-    def _on_connection_end(
-        self, connection: Connection, error: Exception | None, is_told: bool
-    ) -> None:
-        """Put off the next attempt where the end was a failure, and see that it is told."""
-        if self._connection is connection:
-            self._connection = None
-        if error is None:
-            return
-        has_lasted = perf_counter() - connection.since > LONGEST_PAUSE
-        if has_lasted:
-            self._back_off.reset()
-        self._back_off.put_off()
-        if not is_told:
-            self._let_helper(self._fire, "disconnect", 0.0, 0, error)
-
-
-class FaultyClient(TCPSocketClient):
-    """The client of a user with a wrong setting: each attempt to connect fails and says which."""
-
-    def __init__(self, request_event: event.EventHook, fault: OSError | ValueError) -> None:
-        super().__init__("", 0, request_event)
-        self._fault = fault
-
-    def _open_socket(self) -> socket.socket:
-        raise self._fault
-
-
-# -------------------------------------------------------------------------------------- the users
+STARTED_IN_TIME = 0.1  # seconds after it fell due
 
 
 class Schedule:
-    """Open loop: tasks begin at fixed times, whether earlier ones have been answered or not.
+    """Open loop: tasks start at fixed times, whether earlier ones have been answered or not.
 
     So a server that stands still is shown by every message that fell due meanwhile, not by one a
     user (Gil Tene, "How NOT to Measure Latency": coordinated omission).
@@ -1621,48 +2332,39 @@ class Schedule:
     :param client: whose connection is looked at
     """
 
-    warned = False  # once is enough: all users of a process are late together
-
     def __init__(self, rate: float, client: TCPSocketClient) -> None:
         self._interval = 1 / rate
         self._client = client
         self._connected_since: float | None = None
         self._due = perf_counter() + random.uniform(0, self._interval)  # a phase of its own
-        self._start_anew(perf_counter())
+        self._skip_missed(perf_counter())
 
-    def _start_anew(self, now: float) -> None:
+    def _skip_missed(self, now: float) -> None:
         """Go on with the next task that falls due from now on."""
         missed = math.ceil((now - self._due) / self._interval)
         self._due += max(0, missed) * self._interval
         self._connected_since = self._client.connected_since
-        self._began = now
-        self._tasks = 0
 
     def first_pause(self) -> float:
         """Return the seconds until the first task is due, once the user is connected."""
         now = perf_counter()
-        self._start_anew(now)
+        self._skip_missed(now)
+        self._client.first_send_at = 0.0
         return max(0.0, self._due - now)
 
     def next_pause(self) -> float:
         """Return the seconds until the next task is due; 0 where that is past."""
         now = perf_counter()
-        self._due += self._interval
-        self._tasks += 1
         since = self._client.connected_since
+        sent_at = self._client.first_send_at
+        if sent_at and since is not None and since == self._connected_since:
+            RUN.due += 1
+            RUN.started_in_time += sent_at - self._due <= STARTED_IN_TIME
+        self._client.first_send_at = 0.0
+        self._due += self._interval
         if since is None or since != self._connected_since:
-            self._start_anew(now)
-        lateness = now - self._due
-        if lateness > TOLERATED_LATENESS and not Schedule.warned:
-            Schedule.warned = True
-            logger.warning(
-                "this machine cannot keep the schedule: a user begins %.4g tasks a second instead "
-                "of %.4g; use --processes, more machines, or a lower --chat-rate, and no task that "
-                "waits",
-                self._tasks / (now - self._began),
-                1 / self._interval,
-            )
-        return max(0.0, -lateness)
+            self._skip_missed(now)
+        return max(0.0, self._due - now)
 
 
 @functools.cache
@@ -1671,173 +2373,620 @@ def shared_wait(pause: Pause) -> Callable[[], float]:
     return functools.partial(random.uniform, pause.shortest, pause.longest)
 
 
-class TCPChatUser(User):
-    """A user with a chat connection, ``self.client``.
+# ------------------------------------------------------- a run's answer, and the generator's faults
 
-    The attributes are defaults: an option that is given wins over them.
-    """
+WATCH_INTERVAL = 0.1  # seconds between two looks at the clock
+STOOD_STILL = 0.5  # seconds without an event-loop iteration
+LATE_READ = 0.02  # seconds between the arrival of bytes and their read
+LATE_READS_TOLERATED = 0.01  # of all reads
+KEPT_SCHEDULE = 0.95  # of the messages due, started in time
+ENOUGH = 100  # reads, or messages due, before a share of them says anything
+SLOW_HOOK = 0.02  # seconds; a hook on the event loop holds up all users
+SERVING_ROWS = ("connect", "send_chat")  # their successes are no tries: they serve a message
+ARRIVAL_ROWS = ("delivery", "received")  # of plugins: they tell of what others sent
+ECHO_ROW = ("echo_response", "TCP")
+END_MESSAGE = "chat_end"  # what a worker sends to its master when its run has stopped
 
-    abstract = True
 
-    framing: str | FramingFactory = "line"
-    """``line``, ``crlf``, ``raw``, a ``struct`` format of a length prefix such as ``>I``, or a
-    factory of objects like :class:`Framing`."""
+class Totals(NamedTuple):
+    """What the generator did in a run. But for the last and ``in_flight``, they only grow."""
 
-    echo: EchoMode = "full"
-    """What counts as the echo: ``full``, ``tag``, ``any`` or ``none``."""
+    awaited: int = 0  # exchanges that awaited an echo, and have ended
+    echoed: int = 0  # those of them that got a good one
+    in_flight: int = 0  # exchanges whose echo was still awaited when their user ended
+    due: int = 0  # messages of an open loop that fell due while their user was connected
+    started_in_time: int = 0  # those of them that were handed over within 0.1 s
+    reads: int = 0  # with a time of arrival by the kernel
+    late_reads: int = 0  # those of them that were over 20 ms late
+    pauses: int = 0  # times that the event loop stood still for over half a second
+    longest_pause: float = 0.0  # seconds
 
-    timeout: float = 5.0
-    """Seconds for connecting, and for one exchange."""
 
-    rate: float | None = None
-    """Messages a second in open loop; None: the next message waits for the echo and a pause."""
+class RunRecord:
+    """What happened in the present run in this process, and, on a master, in its workers."""
 
-    tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
-    """Makes the context that ``tls://`` connections share: authorities, own certificate, …"""
+    def __init__(self) -> None:
+        self.environment: env.Environment | None = None
+        self._watcher: gevent.Greenlet | None = None
+        self.reset()
 
-    wait_time = between(1, 3)
-    """Seconds between two messages."""
+    def reset(self) -> None:
+        """Begin a run."""
+        self.awaited = self.echoed = self.in_flight = 0
+        self.due = self.started_in_time = 0
+        self.reads = self.late_reads = 0
+        self.pauses = 0
+        self.longest_pause = 0.0
+        self.is_traced = False  # a user of this process is
+        self.workers: dict[str, Totals] = {}  # by the id of the worker, the latest that it said
+        self.lost: set[str] = set()  # ids of workers that were seen to be missing
+        self.expected: set[str] = set()  # ids of workers that have to report their end
+        self._warned: set[str] = set()
 
-    client: TCPSocketClient
-
-    def __init__(self, environment: env.Environment) -> None:
-        super().__init__(environment)
-        self._schedule: Schedule | None = None
-        try:
-            self._apply(settings_of(type(self), environment))
-        except (OSError, ValueError) as error:  # typed into the web UI: a failed connect says it
-            self.client = FaultyClient(environment.events.request, error)
-
-    def _apply(self, settings: Settings) -> None:
-        """Make the client and the pauses that the settings say."""
-        self.client = TCPSocketClient(
-            settings.address.host,
-            settings.address.port,
-            self.environment.events.request,
-            framing=settings.framing,
-            echo=settings.echo,
-            timeout=settings.timeout,
-            tls=type(self).tls_context if settings.address.tls else None,
-            sources=settings.sources,
-            waits=settings.rate is None,
-            compose=self.compose if self._overrides("compose") else usual_compose,
-            expected=self.expected if self._overrides("expected") else None,
-            is_refusal=self.is_refusal if self._overrides("is_refusal") else None,
-            on_connect=self.on_connect if self._overrides("on_connect") else None,
-            on_message=self.on_message if self._overrides("on_message") else None,
-            report_error=self._report_error,
+    def totals(self) -> Totals:
+        """Return the figures of this process."""
+        return Totals(
+            self.awaited,
+            self.echoed,
+            self.in_flight,
+            self.due,
+            self.started_in_time,
+            self.reads,
+            self.late_reads,
+            self.pauses,
+            self.longest_pause,
         )
-        if settings.rate is not None:
-            self._schedule = Schedule(settings.rate, self.client)
-            self.wait_time = self._schedule.next_pause  # type: ignore[method-assign]
-        elif settings.pause is not None:
-            self.wait_time = shared_wait(settings.pause)  # type: ignore[method-assign]
 
-    def _overrides(self, hook: str) -> bool:
-        """Return whether a hook is more than the one of this class, which need not be called."""
-        function = getattr(getattr(self, hook), "__func__", None)
-        return function is not getattr(TCPChatUser, hook)
+    def start_watching(self) -> None:
+        """Watch the event loop of this process, or the workers of this master, until the end."""
+        self.stop_watching()
+        runner = self.environment.runner if self.environment else None
+        if isinstance(runner, runners.MasterRunner):
+            self._watcher = gevent.spawn(self._watch_workers, runner)
+        else:
+            self._watcher = gevent.spawn(self._watch_event_loop)
 
-    def _report_error(self, error: Exception) -> None:
-        """Report an exception as Locust reports that of a task."""
-        self.environment.events.user_error.fire(
-            user_instance=self, exception=error, tb=error.__traceback__
+    def stop_watching(self) -> None:
+        """End the watching."""
+        if self._watcher is not None:
+            self._watcher.kill(block=False)
+            self._watcher = None
+
+    def _watch_event_loop(self) -> None:
+        """Notice when this process stands still, and warn of its faults."""
+        looked_at = perf_counter()
+        while True:
+            gevent.sleep(WATCH_INTERVAL)
+            pause = perf_counter() - looked_at - WATCH_INTERVAL
+            looked_at = perf_counter()
+            if pause > STOOD_STILL:
+                self.pauses += 1
+                self.longest_pause = max(self.longest_pause, pause)
+            for fault in own_faults(self.totals()):
+                self.warn_once(fault.kind, f"{fault.text}; {fault.remedy}")
+
+    def _watch_workers(self, runner: runners.MasterRunner) -> None:
+        """Notice which workers are missing, each second: Locust forgets them after a minute."""
+        while True:
+            gevent.sleep(1)
+            self.note_missing(runner)
+
+    def note_missing(self, runner: runners.MasterRunner) -> None:
+        """Count workers that are missing now as lost, and warn of it."""
+        self.lost.update(worker.id for worker in runner.clients.missing)
+        if self.lost:
+            self.warn_once(
+                "lost",
+                f"{len(self.lost)} of {len(self.worker_ids(runner))} workers lost: "
+                "its users are gone, and what it had not reported yet",
+            )
+
+    def worker_ids(self, runner: runners.MasterRunner) -> set[str]:
+        """Return the ids of all workers that took part in the run."""
+        return {*runner.clients, *self.workers, *self.lost, *self.expected}
+
+    def unreported(self) -> set[str]:
+        """Return the ids of the workers that had to report their end and have not."""
+        return self.expected - self.lost
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Log a warning, unless this run has had one of this kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(text)
+
+
+RUN = RunRecord()
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def timed_hook(
+    name: str,
+    hook: Callable[Parameters, Result],
+    *arguments: Parameters.args,
+    **keywords: Parameters.kwargs,
+) -> Result:
+    """Call a hook on the event loop, and warn once a run where it takes over 20 ms."""
+    started_at = perf_counter()
+    try:
+        return hook(*arguments, **keywords)
+    finally:
+        seconds = perf_counter() - started_at
+        if seconds > SLOW_HOOK:
+            text = "%s took %.0f ms on the event loop, and held up all users: make it faster"
+            RUN.warn_once(name, text % (name, seconds * 1000))
+
+
+class Fault(NamedTuple):
+    """Something that the generator did wrong."""
+
+    kind: str
+    size: float  # the larger, the worse, within a kind
+    text: str
+    remedy: str
+
+
+MORE_MACHINES = "use --processes, more machines, or fewer users"
+
+
+def own_faults(totals: Totals) -> list[Fault]:
+    """Return what one process did wrong, as its totals say."""
+    faults = []
+    if totals.pauses:
+        faults.append(
+            Fault(
+                "stood still",
+                totals.longest_pause,
+                f"the generator stood still for {totals.longest_pause:.1f} s",
+                "the server was not asked anything then; look for what blocks, or takes the "
+                "processor",
+            )
         )
-        if self.environment.catch_exceptions:
-            logger.error("%s", error, exc_info=error)
-
-    def on_start(self) -> None:
-        """Connect. A failure is a row, and the first message tries again."""
-        self.client.connect()
-        if self._schedule is not None:
-            gevent.sleep(self._schedule.first_pause())
-
-    def on_stop(self) -> None:
-        """Close the connection; under ``--stop-timeout``, after the echoes in flight have come."""
-        try:
-            self.client.wait_for_echoes(self.environment.stop_timeout)
-        finally:  # Locust may end the wait
-            self.client.close()
-
-    def on_connect(self) -> None:
-        """Log in: called after every connect, before other messages are sent.
-
-        :raises OSError: or ``ValueError`` where the server refuses: a failed row ``login``, and the
-            connection is closed
-        """
-
-    def compose(self, tag: str, message: str) -> str | bytes:
-        """Return what to send for a text: it has to contain the tag."""
-        return usual_compose(tag, message)
-
-    def expected(self, tag: str, message: str) -> str | bytes | None:
-        """Return what a ``full`` echo has to contain, where the server wraps it anew.
-
-        None means all that was sent.
-        """
-        return None
-
-    def is_refusal(self, payload: bytes) -> bool:
-        """Return whether an echo says no: then the exchange fails with ``EchoRefused``."""
-        return False
-
-    def on_message(self, payload: bytes, arrived: float) -> None:
-        """Take a message that no exchange awaits: a broadcast, a banner, a server's ``PING``.
-
-        Called in order, in a greenlet: it may send, wait and block. A ``gevent.Timeout`` that it
-        starts, it has to close: the greenlet takes the messages of other users next.
-
-        :param arrived: ``time.perf_counter()`` when its last byte was read
-        """
+    if totals.late_reads > totals.reads * LATE_READS_TOLERATED and totals.reads >= ENOUGH:
+        share = totals.late_reads / totals.reads
+        faults.append(
+            Fault(
+                "late reads",
+                share,
+                f"{share:.1%} of the reads came over {LATE_READ * 1000:.0f} ms after the bytes "
+                "(the round trips are corrected for it)",
+                f"users go on late, and send less than they should: {MORE_MACHINES}",
+            )
+        )
+    if totals.started_in_time < totals.due * KEPT_SCHEDULE and totals.due >= ENOUGH:
+        kept = totals.started_in_time / totals.due
+        faults.append(
+            Fault(
+                "schedule",
+                1 - kept,
+                f"this machine cannot keep the schedule: only {kept:.1%} of the messages due "
+                f"started within {STARTED_IN_TIME * 1000:.0f} ms",
+                f"{MORE_MACHINES}, a lower --chat-rate, and no task that waits",
+            )
+        )
+    return faults
 
 
-SENTENCES = (
-    "오늘 저녁에 시간 되시면 같이 식사해요 🍜",
-    "The build is green again, thanks for the quick fix!",
-    "회의는 세 시로 옮겼습니다, 확인 부탁드려요.",
-    "사진 정말 잘 나왔네요 📷 어디에서 찍으셨어요?",
-    "Ça marche très bien 👍 Schöne Grüße aus München!",
-)
-# With up to 22 bytes for the tag: at most 60, 100 to 400, 513 to 1,000 bytes as sent.
-SHORT_TEXTS = (
-    "안녕하세요! 👋",
-    "Hello, everyone!",
-    "점심 드셨어요? 🍜",
-    "ㅋㅋㅋ 좋아요 😄",
-    "Très bien, merci",
-    "👍",
-)
-LONG_TEXTS = tuple(
-    " ".join(SENTENCES[first:] + SENTENCES[:first]) for first in range(len(SENTENCES))
-)
-VERY_LONG_TEXTS = tuple(f"{text} {text}" for text in LONG_TEXTS)
+def totals_of_processes(environment: env.Environment) -> list[Totals]:
+    """Return the totals of each process that has users."""
+    if isinstance(environment.runner, runners.MasterRunner):
+        return list(RUN.workers.values())
+    return [RUN.totals()]
 
 
-class ChatClient(TCPChatUser):
-    """Mostly short messages, some long, a few very long.
+def run_totals(environment: env.Environment) -> Totals:
+    """Return the totals of the present or the last run, of all its processes.
 
-    A new scenario is one more ``@task`` method.
+    On a master: what its workers said last, every few seconds and at their end.
     """
-
-    @task(5)
-    def short_message(self) -> None:
-        """At most 60 bytes: what people mostly type."""
-        self.client.send_chat(random.choice(SHORT_TEXTS))
-
-    @task(2)
-    def long_message(self) -> None:
-        """100 to 400 bytes: a few sentences."""
-        self.client.send_chat(random.choice(LONG_TEXTS))
-
-    @task(1)
-    def very_long_message(self) -> None:
-        """513 to 1,000 bytes: more than the 512-byte buffer of many servers."""
-        self.client.send_chat(random.choice(VERY_LONG_TEXTS))
+    processes = totals_of_processes(environment)
+    if not processes:
+        return Totals()
+    sums = Totals._make(map(sum, zip(*processes, strict=True)))
+    return sums._replace(longest_pause=max(each.longest_pause for each in processes))
 
 
-# --------------------------------------------------------------------------------- Locust's hooks
+def lost_workers(environment: env.Environment) -> int:
+    """Return how many workers were lost: went missing, or did not report their end."""
+    if not isinstance(environment.runner, runners.MasterRunner):
+        return 0
+    RUN.note_missing(environment.runner)
+    return len(RUN.lost | RUN.unreported())
 
-usual_bucket = stats.bucket_response_time
+
+def generator_faults(environment: env.Environment) -> list[str]:
+    """Return what the generator did wrong in the present or the last run, as parts of a sentence.
+
+    For a distributed run, each is the worst of all workers.
+    """
+    texts = []
+    runner = environment.runner
+    is_distributed = isinstance(runner, runners.MasterRunner)
+    if isinstance(runner, runners.MasterRunner) and lost_workers(environment):
+        count = len(RUN.worker_ids(runner))
+        if RUN.lost:
+            texts.append(f"{len(RUN.lost)} of {count} workers lost")
+        if RUN.unreported():
+            texts.append(f"{len(RUN.unreported())} of {count} workers did not report their end")
+    processes = totals_of_processes(environment)
+    by_kind: dict[str, list[Fault]] = {}
+    for totals in processes:
+        for fault in own_faults(totals):
+            by_kind.setdefault(fault.kind, []).append(fault)
+    for faults in by_kind.values():
+        where = f", in {len(faults)} of {len(processes)} workers" if is_distributed else ""
+        worst = max(faults, key=lambda fault: fault.size)
+        texts.append(worst.text + where)
+    return texts
+
+
+def tries_and_failures(rows: Iterable[stats.StatsEntry]) -> tuple[int, int]:
+    """Return how often users tried something, and how often they failed.
+
+    A message and its echo are one try. That the kernel has taken a message, or a connection was
+    opened, does not show yet that the server serves: so ``connect`` and ``send_chat`` count only
+    where they fail.
+    """
+    tries = 0
+    failures = 0
+    for row in rows:
+        failures += row.num_failures
+        tries += row.num_failures
+        if row.name not in SERVING_ROWS:
+            tries += row.num_requests - row.num_failures
+    return tries, failures
+
+
+def result_line(environment: env.Environment) -> str:
+    """Return the answer of a run: what came, how fast, what failed, what was not looked at."""
+    totals = run_totals(environment)
+    rows = environment.stats.entries
+    parts = [echo_figures(rows, totals)]
+    tries, failures = tries_and_failures(r for r in rows.values() if r.name not in ARRIVAL_ROWS)
+    lost_deliveries = sum(row.num_failures for row in rows.values() if row.name in ARRIVAL_ROWS)
+    parts.append(f"{failures + lost_deliveries:,} of {tries + lost_deliveries:,} tries failed")
+    disconnects = sum(row.num_failures for row in rows.values() if row.name == "disconnect")
+    parts.append(f"{disconnects:,} disconnects")
+    if totals.in_flight:
+        parts.append(f"{totals.in_flight:,} echoes still awaited at the end")
+    parts += generator_faults(environment)
+    return "chat: " + "; ".join(parts)
+
+
+def echo_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) -> str:
+    """Return count, rate and round trips, those of Locust's row ``echo_response``."""
+    if totals.awaited + totals.in_flight == 0:
+        sent = rows.get(("send_chat", "TCP"))
+        count, rate = (sent.num_requests, sent.total_rps) if sent else (0, 0.0)
+        return f"no echo was awaited; {count:,} messages sent, {rate:,.1f} a second"
+    row = rows.get(ECHO_ROW)
+    if row is None or row.num_requests == 0:
+        where = " (in rows of other names)" if totals.echoed else ""
+        return f"{totals.echoed:,} of {totals.awaited:,} messages echoed{where}"
+    echoed = row.num_requests - row.num_failures
+    rate = row.total_rps - row.total_fail_per_sec
+    median, p95, p99 = (row.get_response_time_percentile(share) for share in (0.5, 0.95, 0.99))
+    return (
+        f"{echoed:,} messages echoed, {rate:,.1f} a second; round trip median {median:.4g} ms, "
+        f"95th percentile {p95:.4g}, 99th {p99:.4g}, maximum {row.max_response_time:.4g}"
+    )
+
+
+def has_no_echo(environment: env.Environment) -> bool:
+    """Return whether echoes were awaited in the run, and none came."""
+    totals = run_totals(environment)
+    return totals.awaited + totals.in_flight > 0 and totals.echoed == 0
+
+
+# ---------------------------------------------------------------------------------- the wire trace
+
+TRACE_LENGTH = 200  # bytes shown of each send and each read
+
+
+Trace = Callable[[Literal["sent", "received"], bytes], None]
+
+
+def log_trace(direction: Literal["sent", "received"], data: bytes) -> None:
+    """Log what the first user of a process sends and receives, for ``--chat-trace``.
+
+    :param data: one message, or what one read returned, whether a message ends in it or not
+    """
+    logger.info("trace: %-8s %s", direction, escaped(data))
+
+
+def escaped(data: bytes) -> str:
+    """Return bytes as text that is safe to print, cut."""
+    rest = len(data) - TRACE_LENGTH
+    return repr(data[:TRACE_LENGTH])[1:] + (f" and {rest:,} bytes more" if rest > 0 else "")
+
+
+# --------------------------------------------------------------------------- settings and address
+
+EchoMode = Literal["full", "tag", "any", "none"]
+ECHO_MODES: tuple[EchoMode, ...] = ("full", "tag", "any", "none")
+EchoFunction = Callable[[bytes], bool]
+Echo = EchoMode | EchoFunction
+FramingFactory = Callable[[], Framing]
+
+ASCII = bytes(range(128)).decode("ascii")
+NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+PORT = re.compile(r"[1-9]\d{0,4}", re.ASCII)
+LENGTH_FORMAT = re.compile(r"[@=<>!]?[BHILQ]")
+LABEL = r"[^\s:/\[\]@?#\\.,]{1,63}"
+ADDRESS = re.compile(
+    rf"(?:(?P<scheme>tls|tcp)://)?"
+    rf"(?:\[(?P<ipv6>[\w:.]+(?:%[\w.-]+)?)\]|(?P<name>{LABEL}(?:\.{LABEL})*\.?))"
+    rf"(?::(?P<port>[^/]*))?",
+    re.IGNORECASE,
+)
+
+
+class Address(NamedTuple):
+    """Where the server is."""
+
+    host: str
+    port: int
+    tls: bool
+
+
+def parse_address(host: str | None, port: str | None = None) -> Address:
+    """Understand ``host:port``, or a host with the port beside it, ``tcp://`` or ``tls://`` before.
+
+    :raises SettingError: for anything else
+    """
+    match = ADDRESS.fullmatch((host or "").strip())
+    if match is None or (match["port"] is None and not port):
+        raise SettingError(
+            host,
+            "--host",
+            "host:port, such as localhost:12345 or tls://[::1]:12345, or add --tcp-port",
+        )
+    is_tls = (match["scheme"] or "").lower() == "tls"
+    name = match["ipv6"] or match["name"]
+    if match["port"] is None:
+        return Address(name, parse_port(port), is_tls)
+    try:
+        return Address(name, parse_port(match["port"]), is_tls)
+    except SettingError:
+        instead = "host:port with a port from 1 to 65535, such as localhost:12345"
+        raise SettingError(host, "--host", instead) from None
+
+
+def parse_addresses(host: str | None, port: str | None = None) -> tuple[Address, ...]:
+    """Understand one server, or several with commas between them."""
+    return tuple(parse_address(each, port) for each in (host or "").split(","))
+
+
+def parse_port(value: object) -> int:
+    """Return the number of a port."""
+    text = str(value)
+    if not PORT.fullmatch(text) or int(text) > 65535:
+        raise SettingError(value, "port", "a port from 1 to 65535")
+    return int(text)
+
+
+def parse_framing(value: object) -> FramingFactory:
+    """Return the factory of framings that a name means; a factory is returned as it is."""
+    if callable(value):
+        return value
+    named: dict[object, FramingFactory] = {
+        "line": LineFraming,
+        "crlf": CrlfFraming,
+        "nul": NulFraming,
+        "raw": RawFraming,
+    }
+    if value in named:
+        return named[value]
+    if not LENGTH_FORMAT.fullmatch(str(value)):
+        raise SettingError(
+            value, "framing", "line (default), crlf, nul, raw, or a prefix like >I, <H"
+        )
+    return functools.partial(LengthPrefixFraming, str(value))
+
+
+def parse_echo(value: object) -> EchoMode:
+    """Return the mode that a name means."""
+    for mode in ECHO_MODES:
+        if value == mode:
+            return mode
+    raise SettingError(value, "echo", "full (default), tag, any or none")
+
+
+def parse_encoding(value: object) -> str:
+    """Return the name of an encoding of text that keeps ASCII as it is."""
+    try:
+        keeps_ascii = ASCII.encode(str(value)) == ASCII.encode("ascii")
+        codecs.decode(b"", str(value))
+    except (LookupError, ValueError):
+        keeps_ascii = False
+    if not keeps_ascii:
+        raise SettingError(
+            value, "encoding", "one that keeps ASCII as it is, such as utf-8, cp949 or gb18030"
+        )
+    return str(value)
+
+
+def parse_timeout(value: object) -> float:
+    """Return seconds above 0."""
+    return parse_positive(value, "time-out", "seconds above 0 (default 5)")
+
+
+def parse_rate(value: object) -> float:
+    """Return messages a second, above 0."""
+    return parse_positive(value, "rate", "messages a second above 0, such as 2 or 0.1")
+
+
+def parse_heartbeat(value: object) -> float:
+    """Return seconds above 0."""
+    return parse_positive(value, "heartbeat", "seconds above 0, or None")
+
+
+def parse_positive(value: object, what: str, instead: str) -> float:
+    """Return a number above 0; raise ``SettingError``, which says what to write instead."""
+    if isinstance(value, (int, float)) and 0 < value < float("inf"):  # of a user class
+        return float(value)
+    text = str(value)
+    if not NUMBER.fullmatch(text) or float(text) == 0:
+        raise SettingError(value, what, instead)
+    return float(text)
+
+
+class Pause(NamedTuple):
+    """The shortest and the longest pause between two messages, in seconds."""
+
+    shortest: float
+    longest: float
+
+
+def parse_pause(value: object) -> Pause:
+    """Understand one number of seconds, or two as ``0.5-2``."""
+    shortest, dash, longest = str(value).partition("-")
+    if not dash:
+        longest = shortest
+    if NUMBER.fullmatch(shortest) and NUMBER.fullmatch(longest):
+        pause = Pause(float(shortest), float(longest))
+        if pause.shortest <= pause.longest:
+            return pause
+    raise SettingError(value, "wait", "seconds, such as 2, 0.5-2 or 0 (default 1-3)")
+
+
+def parse_sources(value: object) -> tuple[str, ...]:
+    """Understand the addresses of this machine, with commas between them."""
+    addresses = tuple(str(value).split(","))
+    for address in addresses:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            instead = "addresses of this machine, such as 127.0.0.1,127.0.0.2"
+            raise SettingError(value, "source", instead) from None
+    return addresses
+
+
+class Option(NamedTuple):
+    """An option of this file. Its value stays text, as the web form has it, until it is used."""
+
+    name: str
+    parse: Callable[[object], object]
+    meaning: str
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """The name among the parsed options, and in capitals that of the environment variable."""
+        return self.name.replace("-", "_")
+
+    def check(self, text: str) -> str:
+        """Return the text as it is: argparse shows the ``SettingError`` of a wrong one."""
+        self.parse(text)
+        return text
+
+    def add_to(
+        self, parser: argument_parser.LocustArgumentParser, default: str | None = None
+    ) -> None:
+        """Add it to Locust's options, its environment variable and the web form with it."""
+        parser.add_argument(
+            f"--{self.name}",
+            metavar=f"<{self.name.rpartition('-')[2]}>",
+            env_var=self.key.upper(),
+            type=self.check,
+            choices=self.choices,
+            default=default,
+            help=self.meaning if default is None else f"{self.meaning} (default {default})",
+        )
+
+
+OPTIONS = (
+    Option("tcp-port", parse_port, "Port of the chat server where the host names none"),
+    Option(
+        "chat-framing", parse_framing, "Framing: line (default), crlf, nul, raw, or a prefix >I, <H"
+    ),
+    Option("chat-echo", parse_echo, "What counts as the echo (default full)", ("", *ECHO_MODES)),
+    Option("chat-encoding", parse_encoding, "Encoding of text: utf-8 (default), cp949, gb18030, …"),
+    Option("chat-timeout", parse_timeout, "Seconds for connecting, and for each echo (default 5)"),
+    Option("chat-wait", parse_pause, "Seconds between messages: 2, 0.5-2 or 0 (default 1-3)"),
+    Option("chat-rate", parse_rate, "Messages a second of each user, in open loop"),
+    Option("chat-source", parse_sources, "Local addresses to connect from in turn: A,B,…"),
+)
+
+
+class Settings(NamedTuple):
+    """What the options say, or else the user class."""
+
+    addresses: tuple[Address, ...]
+    framing: FramingFactory
+    echo: EchoMode
+    encoding: str
+    timeout: float
+    pause: Pause | None
+    rate: float | None
+    sources: tuple[str, ...]
+    trace: bool
+
+
+def given_options(environment: env.Environment) -> dict[str, str]:
+    """Return the options of this file that were given, as text, after their checks.
+
+    An empty one is a field of the web form that was left empty.
+
+    :raises SettingError: for a wrong one, and for two that exclude each other
+    """
+    options = vars(environment.parsed_options) if environment.parsed_options else {}
+    texts: dict[str, str] = {}
+    for option in OPTIONS:
+        text = str(options.get(option.key) or "")
+        if text:
+            texts[option.key] = option.check(text)
+    if "chat_rate" in texts and "chat_wait" in texts:
+        raise SettingError(
+            f"--chat-rate={texts['chat_rate']} with --chat-wait={texts['chat_wait']}",
+            "pair of options",
+            "one of them: a rate is open loop, and has no pauses",
+        )
+    return texts
+
+
+def settings_of(user_class: type[TCPChatUser], environment: env.Environment) -> Settings:
+    """Return the settings of the users of a class.
+
+    :raises SettingError: for the first setting that is wrong
+    """
+    options = given_options(environment)
+    pause = options.get("chat_wait")
+    rate: object = options.get("chat_rate")
+    if rate is None and pause is None:
+        rate = user_class.rate
+    if user_class.heartbeat is not None:
+        parse_heartbeat(user_class.heartbeat)
+    return Settings(
+        addresses=parse_addresses(environment.host or user_class.host, options.get("tcp_port")),
+        framing=parse_framing(options.get("chat_framing") or user_class.framing),
+        echo=parse_echo(options.get("chat_echo") or user_class.echo),
+        encoding=parse_encoding(options.get("chat_encoding") or user_class.encoding),
+        timeout=parse_timeout(options.get("chat_timeout") or user_class.timeout),
+        pause=None if pause is None else parse_pause(pause),
+        rate=None if rate is None else parse_rate(rate),
+        sources=parse_sources(options["chat_source"]) if "chat_source" in options else (),
+        trace=bool(getattr(environment.parsed_options, "chat_trace", False)),
+    )
+
+
+USER_NUMBERS = itertools.count()
+
+
+def next_address(addresses: tuple[Address, ...], environment: env.Environment) -> Address:
+    """Return the server of the next user: users take them in turn, each worker from another on."""
+    runner = environment.runner
+    first = 0
+    if isinstance(runner, (runners.LocalRunner, runners.WorkerRunner)):
+        first = max(0, runner.worker_index)
+    return addresses[(first + next(USER_NUMBERS)) % len(addresses)]
+
+
+# -------------------------------------------------------------------------------- Locust's events
+
+default_bucket = stats.bucket_response_time
 
 
 def bucket_response_time(milliseconds: float) -> float:
@@ -1845,15 +2994,14 @@ def bucket_response_time(milliseconds: float) -> float:
 
     This is Locust's hook for it ("Customizing response time bucketing" in its documentation).
     """
-    if milliseconds >= 10:
-        return usual_bucket(milliseconds)
-    if milliseconds >= 1:
-        steps = 10
-    elif milliseconds >= 0.1:
-        steps = 100
-    else:
-        steps = 1000
-    return int(milliseconds * steps + 0.5) / steps  # several times as fast as round()
+    # ``// 1`` rounds down: several times as fast as round()
+    if milliseconds < 0.1:
+        return (milliseconds * 1000 + 0.5) // 1 / 1000
+    if milliseconds < 1:
+        return (milliseconds * 100 + 0.5) // 1 / 100
+    if milliseconds < 10:
+        return (milliseconds * 10 + 0.5) // 1 / 10
+    return default_bucket(milliseconds)
 
 
 stats.bucket_response_time = bucket_response_time  # type: ignore[assignment]
@@ -1870,8 +3018,20 @@ gevent.hub.Hub.NOT_ERROR = (*gevent.hub.Hub.NOT_ERROR, KeyboardInterrupt)
 @events.init_command_line_parser.add_listener
 def add_options(parser: argument_parser.LocustArgumentParser) -> None:
     """Add this file's options to Locust's."""
-    for option in OPTIONS:
-        option.add_to(parser)
+    try:
+        for option in OPTIONS:
+            option.add_to(parser)
+    except argparse.ArgumentError:  # a plugin has imported this file, and Locust loads it again
+        sys.exit(
+            "locust: error: locustfile.py was loaded twice: "
+            "list it before its plugins, -f locustfile.py,plugins/verdict.py"
+        )
+    parser.add_argument(
+        "--chat-trace",
+        action="store_true",
+        env_var="CHAT_TRACE",
+        help="Log what the first user of each process sends and receives, passwords included",
+    )
     parser.add_argument(
         "--echo-server",
         action="store_true",
@@ -1881,21 +3041,19 @@ def add_options(parser: argument_parser.LocustArgumentParser) -> None:
     )
 
 
-@events.test_start.add_listener
-def warn_anew(**_: object) -> None:
-    """Let each run say once that the generator is too slow."""
-    Schedule.warned = False
-
-
 @events.init.add_listener
 def prepare(environment: env.Environment, **_: object) -> None:
     """Start the echo server if asked for, and end Locust with one line where a setting is wrong."""
+    RUN.environment = environment
+    runner = environment.runner
+    if isinstance(runner, runners.MasterRunner):
+        runner.register_message(END_MESSAGE, on_worker_end)
     options = environment.parsed_options
     if options is None:
         return
-    if isinstance(environment.runner, runners.WorkerRunner):
+    if isinstance(runner, runners.WorkerRunner):
         if os.getpid() != LOADING_PROCESS:
-            gevent.spawn(leave_with_master, environment.runner)
+            gevent.spawn(leave_with_master, runner)
         return  # its settings come from the master
     try:
         if options.echo_server:
@@ -1933,10 +3091,14 @@ def check_settings(environment: env.Environment, options: argparse.Namespace) ->
             continue
         if environment.host or user_class.host or starts_at_once:
             settings = settings_of(user_class, environment)
-            if settings.address.tls:
-                shared_tls_context(user_class.tls_context)
             if options.processes or not isinstance(environment.runner, runners.MasterRunner):
                 check_sources(settings.sources)
+            if any(address.tls for address in settings.addresses):
+                make_context = maker_of_tls_context(user_class)
+                if not takes_self(make_context):  # a method needs a user
+                    tls_context_from(make_context)
+            if settings.rate is not None:
+                warn_of_tasks_without_pace(user_class)
 
 
 def check_sources(sources: tuple[str, ...]) -> None:
@@ -1946,7 +3108,137 @@ def check_sources(sources: tuple[str, ...]) -> None:
             try:
                 probe.bind((source, 0))
             except OSError:
-                raise SettingError(source, "an address that this machine has") from None
+                instead = "an address that this machine has"
+                raise SettingError(source, "source", instead) from None
+
+
+def warn_of_tasks_without_pace(user_class: type[User]) -> None:
+    """Warn of task sets that go on by themselves, whatever the open loop's schedule says."""
+    for task_set in task_sets_of(user_class.tasks):
+        own_wait = task_set.wait_time is not TaskSet.wait_time
+        interrupts = any("interrupt" in names_in(each) for each in task_set.tasks)
+        if own_wait or interrupts:
+            what = "has a wait_time of its own" if own_wait else "interrupts"
+            logger.warning("%s %s: so --chat-rate does not pace its tasks", task_set.__name__, what)
+
+
+def task_sets_of(tasks: Iterable[object]) -> Iterator[type[TaskSet]]:
+    """Yield the task sets among tasks, and those within them, each once."""
+    for each in dict.fromkeys(tasks):
+        if isinstance(each, type) and issubclass(each, TaskSet):
+            yield each
+            yield from task_sets_of(each.tasks)
+
+
+def names_in(function: object) -> tuple[str, ...]:
+    """Return the names that the code of a function uses; none where it has no code."""
+    code = getattr(function, "__code__", None)
+    return code.co_names if isinstance(code, types.CodeType) else ()
+
+
+@events.test_start.add_listener
+def begin_run(environment: env.Environment, **_: object) -> None:
+    """Begin the record of a run."""
+    RUN.environment = environment
+    RUN.reset()
+    RUN.start_watching()
+
+
+@events.report_to_master.add_listener
+def report_totals(data: dict[str, object], **_: object) -> None:
+    """Send the totals of a worker along with its statistics."""
+    data["chat_totals"] = list(RUN.totals())
+
+
+@events.worker_report.add_listener
+def take_totals(client_id: str, data: dict[str, object], **_: object) -> None:
+    """Keep what a worker says of its run so far."""
+    totals = data.get("chat_totals")
+    if isinstance(totals, list):
+        RUN.workers[client_id] = Totals(*totals)
+
+
+@events.test_stopping.add_listener
+def expect_reports(environment: env.Environment, **_: object) -> None:
+    """Note which workers have to report their end: one that has quit before has left in order."""
+    if isinstance(environment.runner, runners.MasterRunner):
+        RUN.note_missing(environment.runner)
+        RUN.expected = set(environment.runner.clients)
+
+
+def on_worker_end(msg: Message, **_: object) -> None:
+    """Take the last totals of a worker, whose users have stopped. Called on the master."""
+    RUN.workers[msg.node_id] = Totals(*msg.data["totals"])
+    RUN.expected.discard(msg.node_id)
+
+
+@events.test_stop.add_listener
+def end_run(environment: env.Environment, **_: object) -> None:
+    """Report the end to the master, or log the result in the web UI."""
+    RUN.stop_watching()
+    runner = environment.runner
+    if isinstance(runner, runners.WorkerRunner):
+        runner.send_message(END_MESSAGE, {"totals": list(RUN.totals())})
+    elif not is_headless(environment):
+        log_result(environment)
+
+
+def is_headless(environment: env.Environment) -> bool:
+    """Return whether the result is printed at the end of the process, and not logged before."""
+    return bool(getattr(environment.parsed_options, "headless", False))
+
+
+def log_result(environment: env.Environment) -> None:
+    """Log the result of a run, as a warning where no echo came."""
+    level = logging.WARNING if has_no_echo(environment) else logging.INFO
+    logger.log(level, result_line(environment))
+
+
+@events.quitting.add_listener
+def decide_exit_code(environment: env.Environment, **_: object) -> None:
+    """Fail a run in which echoes were awaited, and none came."""
+    runner = environment.runner
+    if runner is None or isinstance(runner, runners.WorkerRunner):
+        return
+    runner.stop()  # after Ctrl-C the users of one process are still there
+    if has_no_echo(environment):
+        logger.warning("echoes were awaited, and none came")
+        environment.process_exit_code = environment.process_exit_code or 1
+
+
+@events.quit.add_listener
+def print_result(**_: object) -> None:
+    """Print the result of a headless run behind Locust's tables."""
+    environment = RUN.environment
+    if environment is None or isinstance(environment.runner, runners.WorkerRunner):
+        return
+    if is_headless(environment):
+        print(result_line(environment), file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------- the sample texts
+
+SENTENCES = (
+    "오늘 저녁에 시간 되시면 같이 식사해요 🍜",
+    r"""She said "it's 100 % done" & left <smiling> \o/ again""",
+    "회의는 세 시로 옮겼습니다, 확인 부탁드려요.",
+    "사진 정말 잘 나왔네요 📷 어디에서 찍으셨어요?",
+    "Ça marche très bien 👍 Schöne Grüße aus München!",
+)
+# With up to 22 bytes for the tag: at most 60, 100 to 400, 513 to 1,000 bytes as sent.
+SHORT_TEXTS = (
+    "안녕하세요! 👋",
+    "Hello, everyone!",
+    "점심 드셨어요? 🍜",
+    "ㅋㅋㅋ 좋아요 😄",
+    "Très bien, merci",
+    "Tom & Jerry: 50% <3",
+    "👍",
+)
+LONG_TEXTS = tuple(
+    " ".join(SENTENCES[first:] + SENTENCES[:first]) for first in range(len(SENTENCES))
+)
+VERY_LONG_TEXTS = tuple(f"{text} {text}" for text in LONG_TEXTS)
 
 
 # --------------------------------------------------------------------------- built-in echo server
@@ -1966,6 +3258,7 @@ def start_echo_server(
     if address.tls:
         raise SettingError(
             environment.host,
+            "--host",
             f"tcp://{address.host}:{address.port}: the built-in echo server has no TLS",
         )
     server = gevent.server.StreamServer((address.host, address.port), echo_all, backlog=1024)
@@ -1982,18 +3275,39 @@ def echo_all(connection: socket.socket, _address: object) -> None:
 
 # -------------------------------------------------------------------------------- standalone mode
 
+BANNER_TIME = 0.2  # seconds that a server has to greet, before the first message
+SHOWN_CHARACTERS = 80  # of what came instead of an echo
+RECORDED_BYTES = 10_000  # of it that are kept to find a hint
+TLS_ALERT = b"\x15\x03"  # content type and version: RFC 8446, 5.1
 
-class Printer:
-    """Prints what comes of five messages, and counts."""
 
-    def __init__(self, client: TCPSocketClient, *, awaits_echo: bool) -> None:
-        self._client = client
-        self._row = "echo_response" if awaits_echo else "send_chat"
-        self._verb = "came back" if awaits_echo else "sent"
-        self._times: list[float] = []
-        self._line = ""
+class StandaloneRow(NamedTuple):
+    """A request event, as the standalone mode prints it."""
 
-    def on_request(
+    name: str
+    milliseconds: float
+    size: int
+    error: Exception | None
+
+
+class Standalone:
+    """Sends messages without Locust's engine, and prints a line for each."""
+
+    def __init__(self, environment: env.Environment) -> None:
+        self._settings = settings_of(ChatClient, environment)
+        self._client = ChatClient(environment).client
+        self._client.trace = self._record
+        self._received = b""  # since it was cleared
+        self._rows: list[StandaloneRow] = []
+        self._banner = b""  # what the server sent before the first message
+        self._hints: set[str] = set()
+        environment.events.request.add_listener(self._take_row)
+
+    def _record(self, direction: str, data: bytes) -> None:
+        if direction == "received":
+            self._received = (self._received + data)[:RECORDED_BYTES]
+
+    def _take_row(
         self,
         name: str,
         response_time: float,
@@ -2001,54 +3315,110 @@ class Printer:
         exception: Exception | None,
         **_: object,
     ) -> None:
-        """Take a request event."""
-        if exception is not None:
-            print(f"{name} failed after {response_time:.1f} ms: {exception!r}")
-        elif name == self._row:
-            self._times.append(response_time)
-            self._line = f"{response_length:5} bytes {response_time:9.3f} ms"
+        self._rows.append(StandaloneRow(name, response_time, response_length, exception))
 
-    def send(self, text: str) -> None:
-        """Send a message and print a line for it."""
-        self._line = ""
-        echo = self._client.send_chat(text, wait=True)
-        if echo is not None:
-            # Escaped, as a terminal acts on some characters that a server can send.
-            print(f"{self._line}  {echo[:40]!r}")
-        elif self._line:
-            print(self._line)
+    def send(self, texts: Collection[str]) -> int:
+        """Send texts, one after the other, until no connection is to be had.
 
-    def summarize(self, count: int) -> int:
-        """Print the summary; return the exit code."""
-        summary = f"{len(self._times)} of {count} messages {self._verb}"
-        if self._times:
-            summary += f", median {statistics.median_high(self._times):.3f} ms"
+        Return 0 if all came back (were sent, where no echo is awaited), else 1.
+        """
+        self._print_target()
+        times: list[float] = []
+        if self._client.connect():
+            gevent.sleep(BANNER_TIME)
+            self._banner = self._received
+        for text in texts:
+            if self._client.connected_since is None and not self._client.connect():
+                print_error(self._rows[-1])
+                break
+            self._received = b""
+            echo = self._client.send_chat(text, wait=True)
+            row = self._rows[-1]
+            if row.error is None:
+                times.append(row.milliseconds)
+                # Escaped, as a terminal acts on some characters that a server can send.
+                shown = "" if echo is None else repr(echo[:40])
+                print(f"{row.size:5} bytes {row.milliseconds:9.3f} ms  {shown}".rstrip())
+            else:
+                print_error(row)
+                self._print_what_came(row.error)
+        self._client.close()
+        summary = f"{len(times)} of {len(texts)} messages "
+        summary += "sent" if self._settings.echo == "none" else "came back"
+        if times:
+            summary += f", median {statistics.median_high(times):.3f} ms"
         print(summary)
-        return 0 if len(self._times) == count else 1
+        return 0 if len(times) == len(texts) else 1
+
+    def _print_target(self) -> None:
+        """Print where it connects, and what it expects there."""
+        address = self._settings.addresses[0]
+        tls = " with TLS" if address.tls else ""
+        framing = name_of_framing(self._settings.framing)
+        print(
+            f"connecting to {address.host}:{address.port}{tls}, "
+            f"framing {framing}, echo {self._settings.echo}"
+        )
+
+    def _print_what_came(self, error: Exception) -> None:
+        """Print what the server sent instead of the echo, and a hint by what that is."""
+        data = self._received
+        came = data or self._banner
+        text = came.decode(self._client.encoding, "backslashreplace")[:SHOWN_CHARACTERS]
+        when = "" if data else " before the first message"
+        print(f"  what came instead{when}: {text!r}" if came else "  nothing came instead")
+        hint = self._hint(error, data)
+        if hint not in self._hints:
+            self._hints.add(hint)
+            print(f"  hint: {hint}")
+
+    def _hint(self, error: Exception, data: bytes) -> str:
+        """Return what to try, by what came instead of an echo."""
+        host, port = self._client.host, self._client.port
+        diagnose = f"python plugins/diagnose.py {host} {port} finds out what the server speaks"
+        has_tag = self._client.identity.encode() in data
+        has_line = b"\n" in data
+        if (data or self._banner).startswith(b"HTTP/"):
+            return "the server speaks HTTP, which is no chat: is it the right port?"
+        if data.startswith(TLS_ALERT):
+            return f"the server speaks TLS: use --host=tls://{bracketed(host)}:{port}"
+        if isinstance(error, (EchoAltered, EchoTruncated)):
+            return "the tag came back with other text: use --chat-echo=tag"
+        if self._banner or isinstance(error, ConnectionError):
+            return diagnose
+        if not is_printable(data, self._client.encoding):
+            return diagnose
+        if has_tag and not has_line:
+            return "no line end came: use --chat-framing=raw --chat-echo=tag"
+        if has_line and not has_tag:
+            return "lines came without the tag: use --chat-echo=any"
+        return diagnose
 
 
-def send_five(environment: env.Environment) -> int:
-    """Send five of ``ChatClient``'s messages, one after the other.
-
-    Return 0 if all came back (were sent, where no echo is awaited), else 1.
-    """
-    settings = settings_of(ChatClient, environment)
-    client = ChatClient(environment).client
-    printer = Printer(client, awaits_echo=settings.echo != "none")
-    environment.events.request.add_listener(printer.on_request)
-    texts = (*SHORT_TEXTS[:3], LONG_TEXTS[0], VERY_LONG_TEXTS[0])
-    for text in texts:
-        printer.send(text)
-    client.close()
-    return printer.summarize(len(texts))
+def print_error(row: StandaloneRow) -> None:
+    """Print what failed."""
+    print(f"{row.name} failed after {row.milliseconds:.1f} ms: {row.error!r}")
 
 
-def serve_until_interrupted(environment: env.Environment, tcp_port: str) -> None:
-    """Serve the echo server until Ctrl-C."""
-    server = start_echo_server(environment, tcp_port)
-    address = f"{server.server_host}:{server.server_port}"
-    print(f"echo server on {address}, Ctrl-C ends it", flush=True)
-    server.serve_forever()
+def name_of_framing(framing: FramingFactory) -> str:
+    """Return the name of a framing, as the option has it."""
+    for name in ("line", "crlf", "nul", "raw"):
+        if parse_framing(name) is framing:
+            return name
+    if isinstance(framing, functools.partial):
+        return str(framing.args[0])  # the format of a length prefix
+    return getattr(framing, "__name__", "of its own")
+
+
+def bracketed(host: str) -> str:
+    """Return a host as an address has it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def is_printable(data: bytes, encoding: str) -> bool:
+    """Return whether bytes are text without control characters, but for those of a line end."""
+    text = data.decode(encoding, "replace")
+    return bool(text) and all(c.isprintable() or c in "\r\n\t" for c in text.rstrip("\ufffd"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2056,23 +3426,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser.LocustArgumentParser(
         description="Send five messages to a TCP chat server, or be one."
     )
-    parser.add_argument(
-        "host",
-        nargs="?",
-        default=DEFAULT_HOST,
-        help=f"host or host:port (default {DEFAULT_HOST})",
-    )
+    parser.add_argument("address", nargs="?", metavar="host", help="host or host:port")
     parser.add_argument("port", nargs="?", help=f"default TCP_PORT or {DEFAULT_PORT}")
+    parser.add_argument("-H", "--host", help=f"the same as host (default {DEFAULT_HOST})")
     add_options(parser)
     options = parser.parse_args(arguments)
+    if options.address and options.host:
+        parser.error(f"two hosts, {options.address} and {options.host}: give one")
+    options.host = options.host or options.address or DEFAULT_HOST
     options.tcp_port = options.port or options.tcp_port or str(DEFAULT_PORT)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know Korean
     environment = env.Environment(host=options.host, parsed_options=options, events=events)
     try:
         if not options.echo_server:
-            return send_five(environment)
-        serve_until_interrupted(environment, options.tcp_port)
+            texts = (*SHORT_TEXTS[:3], LONG_TEXTS[0], VERY_LONG_TEXTS[0])
+            return Standalone(environment).send(texts)
+        server = start_echo_server(environment, options.tcp_port)
+        address = f"{server.server_host}:{server.server_port}"
+        print(f"echo server on {address}, Ctrl-C ends it", flush=True)
+        server.serve_forever()
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

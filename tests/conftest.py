@@ -6,7 +6,7 @@ import locust  # isort: skip  # noqa: F401  # replaces blocking calls with geven
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from locust.event import EventHook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from programs import Program
-from rows import Rows, Run
-from servers import Handler, Server
+from clients import HOOKS, Connect, hooks_with
+from programs import Program, Start
+from rows import Rows, Run, RunUsers
+from servers import Handler, Serve, Server
 
 from locustfile import TCPSocketClient
 
@@ -37,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
+def serve() -> Iterator[Serve]:
     """Return a function that starts a server with a handler; it is stopped after the test."""
     servers: list[Server] = []
 
@@ -63,22 +64,26 @@ def request_event() -> EventHook:
 
 
 @pytest.fixture
-def connect(rows: Rows, request_event: EventHook) -> Iterator[Callable[..., TCPSocketClient]]:
-    """Return a function that makes a client of a port; it is closed after the test."""
+def connect(rows: Rows, request_event: EventHook) -> Iterator[Connect]:
+    """Return a function that makes a client of a port; it is shut down after the test.
+
+    Beside what a client takes, the function takes its hooks: ``on_message=``, ``compose=``, …
+    """
     clients: list[TCPSocketClient] = []
     request_event.add_listener(lambda **row: rows.append(row))
 
-    def make(port: int, host: str = "127.0.0.1", **settings: Any) -> TCPSocketClient:
-        clients.append(TCPSocketClient(host, port, request_event, **settings))
+    def make(port: int, host: str = "127.0.0.1", **keywords: Any) -> TCPSocketClient:
+        hooks = hooks_with(**{name: keywords.pop(name) for name in HOOKS & keywords.keys()})
+        clients.append(TCPSocketClient(host, port, request_event, hooks=hooks, **keywords))
         return clients[-1]
 
     yield make
     for client in clients:
-        client.close()
+        client.shut_down()
 
 
 @pytest.fixture
-def run_users() -> Iterator[Callable[..., Run]]:
+def run_users() -> Iterator[RunUsers]:
     """Return a function that starts users of a class; they are stopped after the test."""
     runs: list[Run] = []
 
@@ -92,7 +97,7 @@ def run_users() -> Iterator[Callable[..., Run]]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Program]]:
+def start() -> Iterator[Start]:
     """Return a function that starts a program; it is killed after the test."""
     programs: list[Program] = []
 

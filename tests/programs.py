@@ -172,6 +172,9 @@ class Program:
         self._reader.kill()
 
 
+Start = Callable[..., Program]  # what the fixture ``start`` returns
+
+
 def bus_options() -> tuple[str, ...]:
     """Return the options that give a master and its workers a port of their own to speak over."""
     port = free_port()

@@ -6,12 +6,15 @@ import locust  # isort: skip  # noqa: F401  # replaces blocking calls with geven
 
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from locust import User
 from locust.env import Environment
 from locust.event import Events
 from locust.stats import StatsEntry
+
+import locustfile
 
 
 class Rows(list[dict[str, Any]]):
@@ -51,6 +54,7 @@ def fire(
 class Run:
     """A Locust run of one user class, in the process of the test.
 
+    :param is_recorded: the generator watches itself in it, and its result is logged at its end
     :param options: of ``locustfile.py``, as text, as the command line has them
     """
 
@@ -60,6 +64,7 @@ class Run:
         host: str,
         users: int = 1,
         stop_timeout: float | None = None,
+        is_recorded: bool = False,
         **options: str,
     ) -> None:
         # A class of its own, as Locust writes the host into it.
@@ -73,6 +78,9 @@ class Run:
         )
         self.rows = Rows()
         self.environment.events.request.add_listener(lambda **row: self.rows.append(row))
+        if is_recorded:
+            self.environment.events.test_start.add_listener(locustfile.begin_run)
+            self.environment.events.test_stop.add_listener(locustfile.end_run)
         self.runner = self.environment.create_local_runner()
         self.runner.start(users, spawn_rate=users)
 
@@ -90,3 +98,6 @@ class Run:
         return {
             f"{error.name}: {error.error!r}" for error in self.environment.stats.errors.values()
         }
+
+
+RunUsers = Callable[..., Run]  # what the fixture ``run_users`` returns

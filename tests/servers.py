@@ -7,6 +7,7 @@ import locust  # isort: skip  # noqa: F401  # replaces blocking calls with geven
 import itertools
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 
 import gevent
@@ -62,6 +63,9 @@ class Server:
         self._server.stop(timeout=0.1)
         for connection in list(self._connections):
             connection.close()
+
+
+Serve = Callable[..., Server]  # what the fixture ``serve`` returns
 
 
 def echo(connection: socket.socket) -> None:
@@ -138,6 +142,24 @@ def echo_bytewise(pause: float) -> Handler:
                 gevent.sleep(pause)
 
     return handler
+
+
+def echo_and_hold_up(seconds: float) -> Handler:
+    """Return a handler that sends each line back, and then lets nobody else run for so long."""
+
+    def handler(connection: socket.socket) -> None:
+        for line in lines(connection):
+            connection.sendall(line + b"\n")
+            hold_up(seconds)
+
+    return handler
+
+
+def hold_up(seconds: float) -> None:
+    """Keep the processor, and so the event loop, for so long."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
 
 
 def echo_once(connection: socket.socket) -> None:

@@ -7,16 +7,21 @@ import json
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import gevent
 import pytest
-from programs import FIXED_ROWS, LOCUST, ROOT, Program, bus_options, quiet, rows_of, wait_until
-from servers import Answers, Server, free_port, silent, with_the_line
-
-Start = Callable[..., Program]
-Serve = Callable[..., Server]
+from programs import (
+    FIXED_ROWS,
+    LOCUST,
+    ROOT,
+    Start,
+    bus_options,
+    quiet,
+    rows_of,
+    wait_until,
+)
+from servers import Answers, Serve, free_port, silent, with_the_line
 
 
 def test_the_trial_needs_no_server_ends_by_itself_and_prints_the_three_rows(start: Start) -> None:
@@ -104,14 +109,17 @@ def test_with_a_stop_timeout_a_run_ends_quietly_and_with_every_echo(
     assert quiet(running.output)
 
 
-def test_a_run_against_a_server_that_never_answers_does_not_await_the_timeout(
+def test_a_run_against_a_server_that_never_answers_does_not_await_the_timeout_and_exits_1(
     start: Start, serve: Serve
 ) -> None:
     options = "--headless --users=5 --spawn-rate=5 --chat-wait=0 --chat-timeout=600 --run-time=2s"
     running = start(*LOCUST, f"--host={serve(silent).address}", *options.split())
-    assert running.ends() == 0
+    assert running.ends() == 1
     assert "echo_response" not in rows_of(running.output)
-    assert quiet(running.output)
+    assert "echoes were awaited, and none came" in running.output
+    assert running.output.splitlines()[-1].startswith("chat: ")
+    assert "; 5 echoes still awaited at the end" in running.output
+    assert "Traceback" not in running.output
 
 
 # ----------------------------------------------------------------------------- distributed

@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gevent
 import pytest
+from clients import Connect
 from gevent.event import Event
 from locust.event import EventHook
 from programs import wait_until
 from rows import Rows
 from servers import (
     Answers,
-    Server,
+    Serve,
     after,
     deaf,
     echo,
@@ -37,13 +38,10 @@ from locustfile import (
     MESSAGE_LIMIT,
     EchoMode,
     Exchange,
-    FaultyClient,
+    MisconfiguredClient,
     SettingError,
     TCPSocketClient,
 )
-
-Serve = Callable[..., Server]
-Connect = Callable[..., TCPSocketClient]
 
 LARGE = "x" * 8_000_000  # more than the buffers of the kernel hold
 
@@ -74,17 +72,17 @@ def test_a_name_that_does_not_resolve_is_a_failed_connect_with_a_fixed_text(
 
 
 @pytest.fixture
-def longest_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the list of how long each pause between two attempts could be; none takes any time."""
-    longest_pauses: list[float] = []
+def longest_delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the list of how long each delay between two attempts could be; none takes any time."""
+    longest_delays: list[float] = []
 
     def shortest_of(shortest: float, longest: float) -> float:
         assert shortest == 0
-        longest_pauses.append(longest)
+        longest_delays.append(longest)
         return shortest
 
     monkeypatch.setattr("random.uniform", shortest_of)
-    return longest_pauses
+    return longest_delays
 
 
 @pytest.fixture
@@ -116,9 +114,9 @@ def test_a_wrong_setting_is_a_failed_connect_that_says_it(
     connect: Connect, request_event: EventHook, rows: Rows
 ) -> None:
     request_event.add_listener(lambda **row: rows.append(row))
-    fault = SettingError("http://x", "--host=host:port")
-    assert FaultyClient(request_event, fault).connect() is False
-    assert texts(rows) == {"SettingError(\"'http://x' will not do: write --host=host:port\")"}
+    fault = SettingError("http://x", "--host", "host:port")
+    assert MisconfiguredClient(request_event, fault).connect() is False
+    assert texts(rows) == {"SettingError(\"'http://x' is not a valid --host: use host:port\")"}
 
 
 # ------------------------------------------------------------------------------ the server stalls
@@ -411,7 +409,7 @@ def test_a_login_that_raises_closes_the_connection_and_the_task_sees_the_error(
 
 @pytest.mark.parametrize("error", [PermissionError("refused"), ValueError("refused")])
 def test_a_login_that_is_refused_is_a_failed_login_and_is_tried_again_ever_later(
-    serve: Serve, connect: Connect, rows: Rows, longest_pauses: list[float], error: Exception
+    serve: Serve, connect: Connect, rows: Rows, longest_delays: list[float], error: Exception
 ) -> None:
     def login() -> None:
         assert client.send_chat("LOGIN", echo="any")  # it is answered, so this resets no back-off
@@ -422,23 +420,23 @@ def test_a_login_that_is_refused_is_a_failed_login_and_is_tried_again_ever_later
     for _ in range(4):
         assert client.send_chat("hello") is None
     assert rows.counts()[f"login: {type(error).__name__}"] == server.opened == 4
-    assert longest_pauses == [0.1, 0.2, 0.4, 0.8]
+    assert longest_delays == [0.1, 0.2, 0.4, 0.8]
     wait_until(lambda: server.open == 0)
 
 
 # ------------------------------------------------------------------------------- connecting again
 
 
-def test_the_pauses_between_attempts_double_up_to_five_seconds(
-    connect: Connect, longest_pauses: list[float]
+def test_the_delays_between_attempts_double_up_to_five_seconds(
+    connect: Connect, longest_delays: list[float]
 ) -> None:
     client = connect(free_port())
     for _ in range(20):
         client.connect()
-    assert longest_pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2] + [5.0] * 14
+    assert longest_delays == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2] + [5.0] * 14
 
 
-def test_an_attempt_waits_until_its_pause_is_over(
+def test_an_attempt_waits_until_its_delay_is_over(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("random.uniform", lambda shortest, longest: 0.3)
@@ -462,8 +460,8 @@ def test_users_do_not_come_back_together(connect: Connect) -> None:
     assert max(moments) - min(moments) > 0.05  # of up to 0.3
 
 
-def test_an_echo_starts_the_pauses_anew(
-    serve: Serve, connect: Connect, longest_pauses: list[float]
+def test_an_echo_starts_with_the_shortest_delay_again(
+    serve: Serve, connect: Connect, longest_delays: list[float]
 ) -> None:
     port = free_port()
     client = connect(port)
@@ -473,20 +471,20 @@ def test_an_echo_starts_the_pauses_anew(
     assert client.send_chat("hello") is not None
     server.stop()
     wait_until(lambda: client.connected_since is None)
-    assert longest_pauses == [0.1, 0.2, 0.4, 0.1]
+    assert longest_delays == [0.1, 0.2, 0.4, 0.1]
 
 
-@pytest.mark.parametrize(("lasts", "next_pause"), [(True, 0.1), (False, 0.2)])
-def test_a_connection_that_lasted_starts_the_pauses_anew(
+@pytest.mark.parametrize(("lasts", "next_delay"), [(True, 0.1), (False, 0.2)])
+def test_a_connection_that_lasted_starts_with_the_shortest_delay_again(
     serve: Serve,
     connect: Connect,
-    longest_pauses: list[float],
+    longest_delays: list[float],
     monkeypatch: pytest.MonkeyPatch,
     lasts: bool,
-    next_pause: float,
+    next_delay: float,
 ) -> None:
-    """One that has stood for longer than the longest pause has lasted."""
-    monkeypatch.setattr(locustfile, "LONGEST_PAUSE", 0.2 if lasts else 60.0)
+    """One that was open for longer than the longest delay has lasted."""
+    monkeypatch.setattr(locustfile, "LONGEST_DELAY", 0.2 if lasts else 60.0)
     port = free_port()
     client = connect(port)
     client.connect()
@@ -495,11 +493,11 @@ def test_a_connection_that_lasted_starts_the_pauses_anew(
     gevent.sleep(0.4)
     server.stop()
     wait_until(lambda: client.connected_since is None)
-    assert longest_pauses == [0.1, next_pause]
+    assert longest_delays == [0.1, next_delay]
 
 
 def test_a_server_that_accepts_and_closes_is_not_stormed(
-    serve: Serve, connect: Connect, longest_pauses: list[float]
+    serve: Serve, connect: Connect, longest_delays: list[float]
 ) -> None:
     server = serve(hang_up)
     client = connect(server.port)
@@ -507,7 +505,7 @@ def test_a_server_that_accepts_and_closes_is_not_stormed(
         client.connect()
         wait_until(lambda: client.connected_since is None)
     assert server.opened == 4
-    assert longest_pauses == [0.1, 0.2, 0.4, 0.8]
+    assert longest_delays == [0.1, 0.2, 0.4, 0.8]
 
 
 def test_a_server_that_comes_up_again_is_connected_again(serve: Serve, connect: Connect) -> None:
@@ -624,12 +622,12 @@ def test_a_listener_of_the_connect_row_may_use_the_client(
 
 
 def test_a_login_that_closes_instead_of_raising_is_not_made_in_a_storm(
-    serve: Serve, connect: Connect, longest_pauses: list[float]
+    serve: Serve, connect: Connect, longest_delays: list[float]
 ) -> None:
     client: TCPSocketClient = connect(serve(silent).port, on_connect=lambda: client.close())
     for _ in range(4):
         assert client.connect() is False
-    assert longest_pauses == [0.1, 0.2, 0.4, 0.8]
+    assert longest_delays == [0.1, 0.2, 0.4, 0.8]
 
 
 def test_no_login_is_made_on_a_connection_that_has_ended_already(
@@ -646,7 +644,7 @@ def test_no_login_is_made_on_a_connection_that_has_ended_already(
     assert logins == []
 
 
-def test_what_is_handed_over_goes_out_before_an_own_close(
+def test_what_is_handed_over_goes_out_before_a_local_close(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
     server = Answers(with_nothing)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import gevent
 import pytest
+from clients import hooks_with
 from gevent.event import Event
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -251,8 +252,9 @@ class Run:
         self._has_news = Event()
         request_event = EventHook()
         request_event.add_listener(self._on_request)
+        hooks = hooks_with(on_message=self._on_message)
         self.client = TCPSocketClient(
-            "127.0.0.1", port, request_event, timeout=timeout, on_message=self._on_message
+            "127.0.0.1", port, request_event, timeout=timeout, hooks=hooks
         )
 
     def _on_request(self, **row: object) -> None:
@@ -317,10 +319,10 @@ def scripted() -> Iterator[tuple[ScriptedServer, int]]:
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let attempts to connect follow each other quickly."""
-    monkeypatch.setattr(locustfile, "FIRST_PAUSE", 0.0001)
-    monkeypatch.setattr(locustfile, "LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(locustfile, "FIRST_DELAY", 0.0001)
+    monkeypatch.setattr(locustfile, "LONGEST_DELAY", 0.001)
 
 
 @contextmanager

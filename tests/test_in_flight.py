@@ -11,6 +11,7 @@ from typing import Literal
 
 import gevent
 import pytest
+from clients import Connect
 from gevent.event import Event
 from locust.event import EventHook
 from programs import wait_until
@@ -18,7 +19,7 @@ from rows import Rows
 from servers import (
     Answers,
     Handler,
-    Server,
+    Serve,
     after,
     echo,
     free_port,
@@ -29,10 +30,7 @@ from servers import (
     with_the_line,
 )
 
-from locustfile import TCPSocketClient
-
-Serve = Callable[..., Server]
-Connect = Callable[..., TCPSocketClient]
+from locustfile import ChatError
 
 
 def with_all_but_the_lost(line: bytes) -> bytes:
@@ -248,27 +246,53 @@ def test_each_message_times_out_in_its_turn_whatever_else_is_in_flight(
     assert failed.index("1") < failed.index("2") < failed.index("3")
 
 
-def test_a_stopped_untagged_message_that_times_out_shows_as_a_disconnect(
-    serve: Serve, connect: Connect, rows: Rows, listening: Answers
+@pytest.mark.parametrize(
+    ("reason", "failure"),
+    [
+        (gevent.GreenletExit, "echo_response: EchoTimeout"),  # a kill, as of Locust
+        (gevent.Timeout, "disconnect: ConnectionClosed"),  # the task gave the message up
+    ],
+)
+def test_a_stopped_untagged_message_that_times_out_is_one_failure(
+    serve: Serve,
+    connect: Connect,
+    rows: Rows,
+    listening: Answers,
+    reason: type[BaseException],
+    failure: str,
 ) -> None:
     client = connect(serve(listening).port, timeout=0.4)
     stopped = gevent.spawn(client.send_chat, "/command")
     wait_until(lambda: listening.received)
-    stopped.kill()
+    stopped.kill(reason)
     wait_until(lambda: client.connected_since is None)
-    wait_until(lambda: rows.named("disconnect"))
-    assert rows.counts() == {"connect": 1, "send_chat": 1, "disconnect: ConnectionClosed": 1}
+    wait_until(lambda: rows.counts()[failure])
+    assert rows.counts() == {"connect": 1, "send_chat": 1, failure: 1}
 
 
-def test_the_echo_of_a_stopped_message_is_not_waited_for(
-    serve: Serve, connect: Connect, listening: Answers
+def test_the_echo_of_a_stopped_message_is_waited_for_and_counts(
+    serve: Serve, connect: Connect, rows: Rows
 ) -> None:
-    client = connect(serve(listening).port, timeout=60)
+    """So ``--stop-timeout`` holds for the message whose greenlet Locust has killed."""
+    received: list[bytes] = []
+    go_on = Event()
+
+    def server(connection: socket.socket) -> None:
+        received.append(next(lines(connection)))
+        go_on.wait()
+        connection.sendall(received[0] + b"\n")
+        silent(connection)
+
+    client = connect(serve(server).port, timeout=60)
     stopped = gevent.spawn(client.send_chat, "hello")
-    wait_until(lambda: listening.received)
+    wait_until(lambda: received)
     stopped.kill()
-    with gevent.Timeout(20):
-        client.wait_for_echoes(60)
+    waiting = gevent.spawn(client.wait_for_echoes, 60)
+    gevent.sleep(0.1)
+    assert not waiting.ready()
+    go_on.set()
+    waiting.get(timeout=60)
+    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
 
 
 # ----------------------------------------------------------------------------- the connection's end
@@ -299,7 +323,7 @@ def test_a_connection_that_ends_fails_all_in_flight_with_its_own_reason(
     assert rows.counts() == {"connect": 1, "send_chat": 4, f"echo_response: {error}": 4}
 
 
-def test_after_an_own_close_nothing_in_flight_has_an_echo_row(
+def test_after_a_local_close_nothing_in_flight_has_an_echo_row(
     serve: Serve, connect: Connect, rows: Rows, listening: Answers
 ) -> None:
     client = connect(serve(listening).port)
@@ -407,7 +431,7 @@ def test_a_greenlet_stopped_while_connect_is_reported_leaves_no_connection_witho
     assert logins == [True]
 
 
-def test_a_greenlet_stopped_within_send_chat_has_no_echo_row_and_the_others_go_on(
+def test_a_greenlet_that_gives_its_message_up_has_no_echo_row_and_the_others_go_on(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
     received: list[bytes] = []
@@ -419,11 +443,11 @@ def test_a_greenlet_stopped_within_send_chat_has_no_echo_row_and_the_others_go_o
         connection.sendall(b"".join(line + b"\n" for line in received))
 
     client = connect(serve(server).port)
-    before, stopped, later = (
-        gevent.spawn(client.send_chat, text) for text in ("before", "stopped", "later")
+    before, given_up, later = (
+        gevent.spawn(client.send_chat, text) for text in ("before", "given up", "later")
     )
     wait_until(lambda: len(received) == 3)
-    stopped.kill()
+    given_up.kill(gevent.Timeout)
     go_on.set()
     echoes = results([before, later])
     assert [str(echoed).partition("] ")[2] for echoed in echoes] == ["before", "later"]
@@ -681,31 +705,20 @@ def no_such_code(payload: bytes) -> bool:
     raise LookupError("no such code")
 
 
-def test_what_is_refusal_raises_comes_out_of_send_chat(
-    serve: Serve, connect: Connect, rows: Rows
+@pytest.mark.parametrize("wait", [True, False])
+def test_what_is_refusal_raises_is_reported_and_fails_the_echo_and_disturbs_no_other_user(
+    serve: Serve, connect: Connect, rows: Rows, wait: bool
 ) -> None:
-    client = connect(serve(echo).port, is_refusal=no_such_code)
-    with pytest.raises(LookupError, match="no such code"):
-        client.send_chat("hello")
-    assert rows.counts() == {"connect": 1, "send_chat": 1}
-    assert client.connected_since is not None
-
-
-def test_what_is_refusal_raises_is_reported_where_nobody_waits(
-    serve: Serve, connect: Connect
-) -> None:
+    port = serve(echo).port
     errors: list[Exception] = []
-    client = connect(serve(echo).port, is_refusal=no_such_code, report_error=errors.append)
-    client.send_chat("hello", wait=False)
+    other = connect(port)
+    client = connect(port, is_refusal=no_such_code, report_error=errors.append)
+    assert client.send_chat("hello", wait=wait) is None
     wait_until(lambda: [str(error) for error in errors] == ["no such code"])
-
-
-def test_is_refusal_may_block_in_the_greenlet_of_the_user(serve: Serve, connect: Connect) -> None:
-    def judge(payload: bytes) -> bool:
-        gevent.sleep(0.02)
-        return False
-
-    assert connect(serve(echo).port, is_refusal=judge).send_chat("hello") is not None
+    wait_until(lambda: rows.named("echo_response"))
+    assert isinstance(rows.named("echo_response")[0]["exception"], ChatError)
+    assert client.connected_since is not None
+    assert other.send_chat("hello") is not None
 
 
 # ----------------------------------------------------------------------------- compose and expected
@@ -825,7 +838,7 @@ def test_a_message_whose_connection_ends_while_compose_blocks_fails_as_send_chat
     }
 
 
-def test_after_an_own_close_while_compose_blocks_the_message_has_no_row(
+def test_after_a_local_close_while_compose_blocks_the_message_has_no_row(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
     compose = SlowCompose()

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import gevent
+import greenlet  # type: ignore[import-untyped]
 import pytest
+from clients import Connect
 from gevent.event import Event
 from locust import constant, task
 from locust.event import EventHook
 from locust.exception import StopUser
 from programs import wait_until
-from rows import Rows, Run
-from servers import Answers, Server, after, greets, lines, says, silent, with_the_line
+from rows import Rows, RunUsers
+from servers import Answers, Serve, greets, hold_up, lines, says, silent, with_the_line
 
-import locustfile
-from locustfile import TCPChatUser, TCPSocketClient
-
-Serve = Callable[..., Server]
-Connect = Callable[..., TCPSocketClient]
-RunUsers = Callable[..., Run]
+from locustfile import ChatHooks, TCPChatUser
 
 
 def is_ping(line: bytes) -> bool:
@@ -140,36 +138,65 @@ def test_banners_broadcasts_and_late_echoes_come_in_order_and_echoes_do_not(
     assert inbox == [b"welcome", b"before", f"[{client.identity}.1] late".encode(), b"after"]
 
 
-def test_arrived_is_when_the_message_was_read_however_late_it_is_handled(
+def test_arrived_is_when_the_message_came_however_late_it_is_read_and_handled(
     serve: Serve, connect: Connect
 ) -> None:
+    said: list[float] = []
+
+    def server(connection: socket.socket) -> None:
+        connection.sendall(b"one\ntwo\n")
+        said.append(time.perf_counter())
+        hold_up(0.3)
+        silent(connection)  # a hang-up would be later than the last byte, and count as it
+
     handled: list[tuple[float, float]] = []
 
     def slow(payload: bytes, arrived: float) -> None:
         handled.append((arrived, time.perf_counter()))
         gevent.sleep(0.3)
 
-    client = connect(serve(says(b"one\ntwo\n")).port, on_message=slow)
+    client = connect(serve(server).port, on_message=slow)
     started = time.perf_counter()
     client.connect()
     wait_until(lambda: len(handled) == 2)
     (first, first_handled), (second, second_handled) = handled
-    assert started <= first == second <= first_handled
-    assert second_handled - second > 0.2
+    assert started <= first == second < said[0] + 0.2
+    assert first_handled - first > 0.2
+    assert second_handled - first_handled > 0.2
 
 
-def test_without_on_message_what_nobody_awaits_is_dropped_and_no_helper_asked(
-    serve: Serve, connect: Connect, rows: Rows, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def noted_switches() -> Iterator[set[greenlet.greenlet]]:
+    """Collect the greenlets that run within the context."""
+    running: set[greenlet.greenlet] = set()
+    before = greenlet.settrace(lambda _, switch: running.add(switch[1]))
+    try:
+        yield running
+    finally:
+        greenlet.settrace(before)
+
+
+def test_without_on_message_what_nobody_awaits_is_dropped_and_no_greenlet_runs_for_it(
+    serve: Serve, connect: Connect, rows: Rows
 ) -> None:
-    """A user without the hook pays nothing: neither a queue nor a greenlet."""
-    jobs: list[object] = []
-    server = serve(Answers(lambda line: b"news\n" * 200 + line + b"\n"))
-    client = connect(server.port)
-    client.connect()
-    monkeypatch.setattr(locustfile.HELPERS, "do", jobs.append)
-    assert client.send_chat("hello") is not None
-    assert not jobs
-    assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+    """A user without the hook pays nothing; one with it shows that a greenlet would be seen."""
+    servers: list[greenlet.greenlet] = []
+
+    def server(connection: socket.socket) -> None:
+        servers.append(gevent.getcurrent())
+        for line in lines(connection):
+            connection.sendall(b"news\n" * 200 + line + b"\n")
+
+    port = serve(server).port
+    known = {gevent.getcurrent(), gevent.get_hub()}
+    for hooks, others in ({}, 0), ({"on_message": Inbox().take}, 1):
+        client = connect(port, **hooks)
+        client.connect()
+        wait_until(lambda: len(servers) == len(rows.named("connect")))
+        with noted_switches() as running:
+            assert client.send_chat("hello") is not None
+        assert len(running - known - set(servers)) == others
+    assert rows.counts() == {"connect": 2, "send_chat": 2, "echo_response": 2}
 
 
 def test_a_user_class_that_leaves_on_message_alone_never_has_it_called(
@@ -177,7 +204,7 @@ def test_a_user_class_that_leaves_on_message_alone_never_has_it_called(
 ) -> None:
     calls: list[bytes] = []
     monkeypatch.setattr(
-        TCPChatUser, "on_message", lambda self, payload, arrived: calls.append(payload)
+        ChatHooks, "on_message", lambda self, payload, arrived: calls.append(payload)
     )
 
     class Quiet(TCPChatUser):
@@ -365,7 +392,7 @@ def test_a_handler_of_a_connection_that_is_gone_sends_nothing_over_the_next(
     assert [line.endswith((b"hello", b"again")) for line in second.received] == [True, True]
 
 
-def test_after_an_own_close_the_messages_that_wait_are_dropped(
+def test_after_a_local_close_the_messages_that_wait_are_dropped(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
     inbox = Inbox()
@@ -427,7 +454,7 @@ def test_a_handler_that_falls_too_far_behind_ends_the_connection(
         gevent.sleep(3600)
 
     server = serve(flood(line, count))
-    client = connect(server.port, on_message=stuck)
+    client = connect(server.port, on_message=stuck, timeout=0.5)
     client.connect()
     wait_until(lambda: rows.counts() == {"connect": 1, "disconnect: HandlerTooSlow": 1})
     assert client.connected_since is None
@@ -453,11 +480,18 @@ def test_a_handler_that_keeps_up_may_be_given_any_number_of_messages(
 def test_a_handler_too_slow_fails_the_message_in_flight(
     serve: Serve, connect: Connect, rows: Rows
 ) -> None:
-    server = serve(after(1, flood(b"x\n" * 1000, 11)))
-    client = connect(server.port, on_message=lambda payload, arrived: gevent.sleep(3600))
-    assert client.send_chat("hello") is None
-    counts = {"connect": 1, "send_chat": 1, "echo_response: HandlerTooSlow": 1}
-    assert rows.counts() == counts
+    """Reading goes on before each untagged message, so here it passes the limit of memory."""
+    server = serve(flood(b"x" * 1_000_000 + b"\n", 1000))
+    client = connect(
+        server.port, on_message=lambda payload, arrived: gevent.sleep(3600), timeout=60
+    )
+    client.connect()
+    while client.connected_since is not None:
+        client.send_chat("/who", echo=lambda line: False, wait=False)
+        gevent.sleep(0.01)
+    wait_until(lambda: rows.counts()["echo_response: HandlerTooSlow"])
+    failures = {name for name in rows.counts() if ":" in name}
+    assert failures <= {"echo_response: HandlerTooSlow", "send_chat: HandlerTooSlow"}
 
 
 def test_a_reconnect_does_not_give_a_stuck_handler_a_fresh_limit(
@@ -467,16 +501,19 @@ def test_a_reconnect_does_not_give_a_stuck_handler_a_fresh_limit(
 
     def server(connection: socket.socket) -> None:
         connection.sendall(b"x\n" * 6000)
-        next(lines(connection))
+        if next(lines(connection)).endswith(b"stay"):
+            silent(connection)
 
-    client = connect(serve(server).port, on_message=lambda payload, arrived: gevent.sleep(3600))
-    client.send_chat("one")
+    client = connect(
+        serve(server).port, on_message=lambda payload, arrived: gevent.sleep(3600), timeout=0.5
+    )
+    client.send_chat("hang up")
     assert rows.counts()["echo_response: ConnectionClosed"] == 1
-    client.send_chat("two")
-    wait_until(lambda: any("HandlerTooSlow" in outcome for outcome in rows.counts()))
+    client.send_chat("stay", echo="none")
+    wait_until(lambda: rows.counts()["disconnect: HandlerTooSlow"])
 
 
-# ------------------------------------------------------------------------- code that ends a helper
+# ----------------------------------------------------------------------- code that ends a greenlet
 
 
 def test_what_waits_behind_a_handler_that_is_killed_is_handled_all_the_same(

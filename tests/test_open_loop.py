@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import gevent
 import pytest
 from gevent.event import Event
 from locust import constant, task
+from locust.env import Environment
+from locust.event import Events
 from programs import wait_until
-from rows import Run
-from servers import Server, echo, lines
+from rows import Run, RunUsers
+from servers import Serve, echo, lines
 
 import locustfile
-from locustfile import Schedule, TCPChatUser
-
-Serve = Callable[..., Server]
-RunUsers = Callable[..., Run]
+from locustfile import Schedule, TCPChatUser, generator_faults, run_totals
 
 # ------------------------------------------------------------------------------------- the schedule
 
@@ -39,14 +39,23 @@ class Client:
     """As much of a client as a schedule looks at."""
 
     connected_since: float | None = 1.0
+    first_send_at = 0.0
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def environment() -> Iterator[Environment]:
+    """Return an environment whose run has begun: what schedules count is counted for it."""
+    environment = Environment(events=Events())
+    locustfile.begin_run(environment)
+    yield environment
+    locustfile.end_run(environment)
+
+
+@pytest.fixture
+def clock(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Return the clock of the schedules, so that the speed of the machine does not matter."""
     clock = Clock()
     monkeypatch.setattr(locustfile, "perf_counter", clock)
-    monkeypatch.setattr(Schedule, "warned", False)
     return clock
 
 
@@ -54,21 +63,25 @@ def schedule_of(rate: float, client: Client | None = None) -> Schedule:
     return Schedule(rate, client or Client())  # type: ignore[arg-type]  # all that it looks at
 
 
-def begin_tasks(schedule: Schedule, clock: Clock, durations: list[float]) -> list[float]:
-    """Let tasks of these durations begin as the schedule says; return when they did."""
+def begin_tasks(rate: float, clock: Clock, durations: list[float]) -> list[float]:
+    """Let tasks that send at once, and take so long, begin at a rate; return when they did."""
+    client = Client()
+    schedule = schedule_of(rate, client)
     moments = []
     clock.now += schedule.first_pause()
     for duration in durations:
         moments.append(clock.now)
+        client.first_send_at = clock.now
         clock.now += duration
         clock.now += schedule.next_pause()
     return moments
 
 
-def pass_pauses(schedule: Schedule, clock: Clock, count: int) -> list[float]:
-    """Return the pauses between tasks that take no time, and let them pass."""
+def pass_pauses(schedule: Schedule, client: Client, clock: Clock, count: int) -> list[float]:
+    """Return the pauses between tasks that send and take no time, and let them pass."""
     pauses = []
     for _ in range(count):
+        client.first_send_at = clock.now
         pauses.append(schedule.next_pause())
         clock.now += pauses[-1]
     return pauses
@@ -80,12 +93,12 @@ def gaps(moments: list[float]) -> list[float]:
 
 @pytest.mark.parametrize("duration", [0, 0.15])
 def test_tasks_begin_at_fixed_times_however_long_they_take(clock: Clock, duration: float) -> None:
-    moments = begin_tasks(schedule_of(5), clock, [duration] * 20)
+    moments = begin_tasks(5, clock, [duration] * 20)
     assert gaps(moments) == pytest.approx([0.2] * 19)
 
 
 def test_what_fell_due_during_a_long_task_begins_right_after_it(clock: Clock) -> None:
-    moments = begin_tasks(schedule_of(10), clock, [0.35, 0, 0, 0, 0, 0])
+    moments = begin_tasks(10, clock, [0.35, 0, 0, 0, 0, 0])
     assert gaps(moments) == pytest.approx([0.35, 0, 0, 0.05, 0.1])
 
 
@@ -104,29 +117,40 @@ def test_the_first_task_is_due_within_an_interval_however_long_the_connect_took(
         assert 0 <= schedule.first_pause() <= 2
 
 
-def test_what_fell_due_without_a_connection_is_left_out(clock: Clock) -> None:
+def count_late(environment: Environment) -> int:
+    """Return how many tasks of the run did not start in time."""
+    totals = run_totals(environment)
+    return totals.due - totals.started_in_time
+
+
+def test_what_fell_due_without_a_connection_is_left_out(
+    environment: Environment, clock: Clock
+) -> None:
     """After two seconds at rate 50 the server is back, and does not get a hundred at once."""
     client = Client()
     schedule = schedule_of(50, client)
     clock.now += schedule.first_pause()
     clock.now += 2
     client.connected_since = clock.now
-    pauses = pass_pauses(schedule, clock, 10)
+    pauses = pass_pauses(schedule, client, clock, 10)
     assert 0 <= pauses[0] <= 0.02
     assert pauses[1:] == pytest.approx([0.02] * 9)
-    assert not Schedule.warned  # it was not the generator that was slow
+    assert run_totals(environment).due == 9
+    assert count_late(environment) == 0  # it was not the generator that was slow
 
 
-def test_while_there_is_no_connection_a_task_begins_once_an_interval(clock: Clock) -> None:
+def test_while_there_is_no_connection_a_task_begins_once_an_interval(
+    environment: Environment, clock: Clock
+) -> None:
     client = Client()
     schedule = schedule_of(2, client)
     clock.now += schedule.first_pause()
     client.connected_since = None
     clock.now += 5
-    pauses = pass_pauses(schedule, clock, 10)
+    pauses = pass_pauses(schedule, client, clock, 10)
     assert 0 <= pauses[0] <= 0.5
     assert pauses[1:] == pytest.approx([0.5] * 9)
-    assert not Schedule.warned
+    assert run_totals(environment).due == 0
 
 
 def test_users_that_reconnect_together_keep_phases_of_their_own(clock: Clock) -> None:
@@ -140,30 +164,26 @@ def test_users_that_reconnect_together_keep_phases_of_their_own(clock: Clock) ->
     assert 1.7 < max(pauses) <= 2
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-
-
-def test_a_generator_that_cannot_keep_the_schedule_says_so_once_a_run_with_its_rate(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+def test_a_task_that_sends_nothing_is_no_message_that_fell_due(
+    environment: Environment, clock: Clock
 ) -> None:
-    for _ in range(3):
-        begin_tasks(schedule_of(20), clock, [0.25] * 20)
-    (text,) = warnings(caplog)
-    words = text.split()
-    reached = float(words[words.index("tasks") - 1])
-    assert reached == pytest.approx(4, rel=0.1)  # the phase is counted in
-    assert "a second instead of 20;" in text
-    locustfile.warn_anew()
-    begin_tasks(schedule_of(20), clock, [0.25] * 20)
-    assert len(warnings(caplog)) == 2
+    schedule = schedule_of(1)
+    for _ in range(200):
+        clock.now += 0.5 + schedule.next_pause()
+    assert run_totals(environment).due == 0
 
 
-def test_a_generator_that_is_late_by_less_than_a_second_says_nothing(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("late", "share"), [(0, None), (5, None), (6, "94.0%"), (50, "50.0%")])
+def test_a_schedule_of_which_under_95_percent_was_kept_is_a_fault_of_the_generator(
+    environment: Environment, clock: Clock, late: int, share: str | None
 ) -> None:
-    begin_tasks(schedule_of(10), clock, [1.05, 0, 0, 0])
-    assert not warnings(caplog)
+    """After a task that takes longer than the interval, the next one starts 0.15 s late."""
+    begin_tasks(1, clock, [1.15, 0.0] * late + [0.0] * (100 - 2 * late))
+    assert run_totals(environment).due == 100
+    assert count_late(environment) == late
+    faults = generator_faults(environment)
+    assert len(faults) == (share is not None)
+    assert all("cannot keep the schedule" in text and str(share) in text for text in faults)
 
 
 # -------------------------------------------------------------------------------- users of a server
@@ -258,6 +278,34 @@ def test_nothing_is_sent_to_a_server_that_is_gone_and_it_is_found_when_it_is_bac
     again = serve(echo, first.port)
     wait_until(lambda: run.count("send_chat") > sent + 5)
     assert again.opened <= 3
+
+
+def test_a_generator_that_cannot_keep_the_schedule_warns_once_a_run_with_figures(
+    serve: Serve, run_users: RunUsers, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Busy(TCPChatUser):
+        rate: float = 200
+
+        @task
+        def talk(self) -> None:
+            self.client.send_chat("hello")
+            gevent.sleep(0.02)
+
+    def warnings() -> list[str]:
+        texts = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        return [text for text in texts if "cannot keep the schedule" in text]
+
+    server = serve(echo)
+    for runs in (1, 2):
+        run = run_users(Busy, server.address, users=4, is_recorded=True)
+        wait_until(lambda: len(warnings()) == runs)  # noqa: B023
+        due = run_totals(run.environment).due
+        wait_until(lambda: run_totals(run.environment).due > due + 100)  # noqa: B023
+        run.runner.stop()
+        assert len(warnings()) == runs
+    share = re.search(r"only (\d+\.\d)% of the messages due", warnings()[-1])
+    assert share is not None
+    assert float(share[1]) < 95
 
 
 # ----------------------------------------------------------------------------------------- the stop

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from locust import between, events
 from locust.argument_parser import get_parser
 from locust.env import Environment
-from programs import LOCUST, ROOT, Program, bus_options
-from servers import Server, echo, free_port
+from programs import LOCUST, ROOT, Program, Start, bus_options
+from servers import Serve, echo, free_port
 
 import locustfile
 from locustfile import (
@@ -22,6 +23,7 @@ from locustfile import (
     CrlfFraming,
     LengthPrefixFraming,
     LineFraming,
+    NulFraming,
     Pause,
     RawFraming,
     SettingError,
@@ -36,9 +38,6 @@ from locustfile import (
     parse_timeout,
     settings_of,
 )
-
-Start = Callable[..., Program]
-Serve = Callable[..., Server]
 
 LABEL = "x" * 64
 
@@ -64,11 +63,16 @@ def keep_logging() -> Iterator[None]:
         ("10.0.0.1:80", None, ("10.0.0.1", 80)),
         (" chat_server.example.org:80 ", None, ("chat_server.example.org", 80)),
         ("채팅.example:80", None, ("채팅.example", 80)),
+        ("TCP://localhost:80", None, ("localhost", 80)),
+        ("chat.example.com.:80", None, ("chat.example.com.", 80)),
+        ("[fe80::1%eth-0]:80", None, ("fe80::1%eth-0", 80)),
     ],
 )
 def test_an_address_is_understood(host: str, port: str | None, address: tuple[str, int]) -> None:
+    without_scheme = host.strip().removeprefix("tcp://").removeprefix("TCP://")
     assert parse_address(host, port) == (*address, False)
-    assert parse_address("tls://" + host.strip().removeprefix("tcp://"), port) == (*address, True)
+    assert parse_address(f"tls://{without_scheme}", port) == (*address, True)
+    assert parse_address(f"TLS://{without_scheme}", port) == (*address, True)
 
 
 WRONG_HOSTS = [
@@ -76,15 +80,15 @@ WRONG_HOSTS = [
     *("localhost:-1", "localhost:12345x", "localhost:٣", "localhost:1e3", "localhost:+1"),
     *("localhost:012345", "localhost: 12345", "http://localhost:12345", "https://localhost"),
     *("tcp:localhost:12345", "localhost:12345/", "a b:12345", "tcp://", "tcp://tcp://a:1"),
-    *("tls://tcp://a:1", "TLS://a:1", "::1", "::1:12345", "[::1]", "[::1]12345", "[]:12345"),
+    *("tls://tcp://a:1", "TLS:/a:1", "::1", "::1:12345", "[::1]", "[::1]12345", "[]:12345"),
     *("[localhost:12345", "user@localhost:12345", "a..b:12345", f"{LABEL}:12345"),
-    *("localhost:123456789", "a:1:2", "ftp://a:1"),
+    *("localhost:123456789", "a:1:2", "ftp://a:1", "a..:1", "[::1%]:1"),
 ]
 
 
 @pytest.mark.parametrize("host", WRONG_HOSTS)
 def test_a_wrong_address_is_one_line_that_says_what_to_write_instead(host: str | None) -> None:
-    with pytest.raises(SettingError, match=r"will not do: write [^\n]*$"):
+    with pytest.raises(SettingError, match=r" is not a valid --host: use [^\n]*$"):
         parse_address(host)
 
 
@@ -100,7 +104,7 @@ def test_a_pause_is_one_number_or_two(text: str, pause: tuple[float, float]) -> 
     "text", ["3-1", "-1", "1-", "-", "1-2-3", "1 - 2", "soon", "1e3", "inf", ""]
 )
 def test_a_pause_that_is_none_or_runs_backwards_is_refused(text: str) -> None:
-    with pytest.raises(SettingError, match=r"write seconds, such as 2, 0\.5-2 or 0"):
+    with pytest.raises(SettingError, match=r"use seconds, such as 2, 0\.5-2 or 0"):
         parse_pause(text)
 
 
@@ -122,25 +126,25 @@ def test_the_rate_of_a_class_is_any_number_above_0(rate: float) -> None:
     ],
 )
 def test_any_other_rate_is_refused(rate: object) -> None:
-    with pytest.raises(SettingError, match=r"write messages a second above 0, such as 2 or 0\.1"):
+    with pytest.raises(SettingError, match=r"use messages a second above 0, such as 2 or 0\.1"):
         parse_rate(rate)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "inf", "5s", "1-2"])
 def test_a_timeout_that_is_not_above_0_is_refused(text: str) -> None:
-    with pytest.raises(SettingError, match="write seconds above 0"):
+    with pytest.raises(SettingError, match="use seconds above 0"):
         parse_timeout(text)
 
 
 @pytest.mark.parametrize("text", ["fuller", "FULL", "ful", "", None])
 def test_a_mode_of_the_echo_that_is_none_is_refused(text: object) -> None:
-    with pytest.raises(SettingError, match=r"write full \(default\), tag, any or none"):
+    with pytest.raises(SettingError, match=r"use full \(default\), tag, any or none"):
         parse_echo(text)
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "-1", "x", "1.5", ""])
 def test_a_port_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(SettingError, match="write a port from 1 to 65535"):
+    with pytest.raises(SettingError, match="use a port from 1 to 65535"):
         parse_port(text)
 
 
@@ -166,6 +170,7 @@ def test_sources_that_are_no_addresses_are_refused(text: str) -> None:
     [
         ("line", LineFraming),
         ("crlf", CrlfFraming),
+        ("nul", NulFraming),
         ("raw", RawFraming),
         (">I", LengthPrefixFraming),
         ("<H", LengthPrefixFraming),
@@ -178,7 +183,7 @@ def test_a_framing_has_a_name(name: str, kind: type) -> None:
 
 @pytest.mark.parametrize("name", ["lines", "CRLF", ">i", ">II", "4s", "", None, 3])
 def test_another_name_of_a_framing_is_refused(name: object) -> None:
-    with pytest.raises(SettingError, match=r"write line \(default\), crlf, raw, or a prefix"):
+    with pytest.raises(SettingError, match=r"use line \(default\), crlf, nul, raw, or a prefix"):
         parse_framing(name)
 
 
@@ -204,7 +209,7 @@ class Own(TCPChatUser):
 
 def test_without_options_the_class_decides() -> None:
     settings = settings_of(Own, given())
-    assert settings.address == ("localhost", 1, False)
+    assert settings.addresses == (("localhost", 1, False),)
     assert settings.framing().encode(b"x") == b"\0\0\0\1x"
     assert (settings.echo, settings.timeout) == ("tag", 2)
     assert (settings.pause, settings.rate, settings.sources) == (None, None, ())
@@ -222,7 +227,7 @@ def test_an_option_wins_over_the_class() -> None:
         "--chat-source=127.0.0.1,127.0.0.2",
     )
     settings = settings_of(Own, environment)
-    assert settings.address == ("localhost", 2, False)
+    assert settings.addresses == (("localhost", 2, False),)
     assert settings.framing().encode(b"x") == b"\1\0x"
     assert (settings.echo, settings.timeout) == ("any", 0.5)
     assert settings.pause == (3, 4)
@@ -242,11 +247,11 @@ def test_either_of_rate_and_wait_wins_over_the_rate_of_the_class() -> None:
 
 
 def test_a_rate_and_a_wait_together_are_refused() -> None:
-    with pytest.raises(SettingError, match="write one of them: a rate is open loop"):
+    with pytest.raises(SettingError, match="use one of them: a rate is open loop"):
         settings_of(Own, given("--chat-rate=2", "--chat-wait=1"))
 
 
-def test_the_usual_settings() -> None:
+def test_the_default_settings() -> None:
     settings = settings_of(ChatClient, Environment(events=events, host="a:1"))
     assert settings.framing is LineFraming
     assert (settings.echo, settings.timeout) == ("full", 5)
@@ -288,7 +293,7 @@ def test_options_left_empty_in_the_web_form_count_as_not_given() -> None:
 def test_a_wrong_option_from_the_web_form_is_refused(key: str) -> None:
     options = Namespace(**{key: "wrong"})
     environment = Environment(events=events, host="a:1", parsed_options=options)
-    with pytest.raises(SettingError, match="'wrong' will not do: write "):
+    with pytest.raises(SettingError, match=r"'wrong' is not a valid [a-z-]+: use "):
         settings_of(ChatClient, environment)
 
 
@@ -308,14 +313,23 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("--tcp-port=0", "argument --tcp-port: '0' will not do: write a port from 1 to 65535"),
-        ("--chat-framing=>i", "argument --chat-framing: '>i' will not do: write line"),
-        ("--chat-echo=yes", "argument --chat-echo: 'yes' will not do: write full"),
-        ("--chat-timeout=0", "argument --chat-timeout: '0' will not do: write seconds above 0"),
-        ("--chat-wait=-1", "argument --chat-wait: '-1' will not do: write seconds"),
-        ("--chat-wait=3-1", "argument --chat-wait: '3-1' will not do: write seconds"),
-        ("--chat-rate=0", "argument --chat-rate: '0' will not do: write messages a second above 0"),
-        ("--chat-source=me", "argument --chat-source: 'me' will not do: write addresses of this"),
+        (
+            "--tcp-port=0",
+            "argument --tcp-port: '0' is not a valid port: use a port from 1 to 65535",
+        ),
+        ("--chat-framing=>i", "argument --chat-framing: '>i' is not a valid framing: use line"),
+        ("--chat-echo=yes", "argument --chat-echo: 'yes' is not a valid echo: use full"),
+        (
+            "--chat-timeout=0",
+            "argument --chat-timeout: '0' is not a valid time-out: use seconds above 0",
+        ),
+        ("--chat-wait=-1", "argument --chat-wait: '-1' is not a valid wait: use seconds"),
+        ("--chat-wait=3-1", "argument --chat-wait: '3-1' is not a valid wait: use seconds"),
+        ("--chat-rate=0", "argument --chat-rate: '0' is not a valid rate: use messages a second"),
+        (
+            "--chat-source=me",
+            "argument --chat-source: 'me' is not a valid source: use addresses of",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_by_the_command_line(
@@ -329,12 +343,20 @@ def test_a_wrong_environment_variable_is_one_line(
     key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(key.upper(), "wrong")
-    assert "'wrong' will not do: write" in refused(capsys, "--headless")
+    line = refused(capsys, "--headless")
+    assert re.search("'wrong'.* is not a valid [a-z-]+: use ", line), line
 
 
-NO_PORT = "'localhost' will not do: write host:port, such as localhost:12345 or tls://[::1]:12345"
-NO_HOST = "an empty setting will not do: write host:port"
-NO_ADDRESS = "'192.0.2.1' will not do: write an address that this machine has"
+@pytest.mark.parametrize("name", [option.name for option in locustfile.OPTIONS])
+def test_an_empty_value_on_the_command_line_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "an empty value is not a valid" in refused(capsys, "--headless", f"--{name}=")
+
+
+NO_PORT = "'localhost' is not a valid --host: use host:port, such as localhost:12345"
+NO_HOST = "an empty value is not a valid --host: use host:port"
+NO_ADDRESS = "'192.0.2.1' is not a valid source: use an address that this machine has"
 
 
 def what_ends_locust(environment: Environment, user_class: type[TCPChatUser]) -> str:
@@ -359,10 +381,10 @@ class Chat(ChatClient):
     [
         ("--host=", NO_HOST),
         ("--host=localhost", NO_PORT),
-        ("--host=http://localhost:12345", "will not do: write host:port"),
-        ("--host=localhost:65536", "'65536' will not do: write a port from 1 to 65535"),
+        ("--host=http://localhost:12345", "is not a valid --host: use host:port"),
+        ("--host=localhost:65536", "is not a valid --host: use "),
         ("--host=a:1 --chat-source=127.0.0.1,192.0.2.1", NO_ADDRESS),
-        ("--host=a:1 --chat-rate=1 --chat-wait=1", "write one of them"),
+        ("--host=a:1 --chat-rate=1 --chat-wait=1", "use one of them"),
         ("--host=192.0.2.1:5 --echo-server", "Cannot assign requested address"),
     ],
 )
@@ -375,7 +397,9 @@ def test_a_wait_in_the_environment_and_a_rate_on_the_command_line_end_locust(
 ) -> None:
     monkeypatch.setenv("CHAT_WAIT", "1")
     text = what_ends_locust(given("--headless", "--host=a:1", "--chat-rate=2"), Chat)
-    assert "'--chat-rate=2 with --chat-wait=1' will not do: write one of them" in text
+    assert (
+        "'--chat-rate=2 with --chat-wait=1' is not a valid pair of options: use one of them" in text
+    )
 
 
 def test_that_the_port_of_the_echo_server_is_taken_ends_locust(serve: Serve) -> None:
@@ -389,7 +413,17 @@ def test_a_wrong_class_attribute_ends_locust_when_it_is_about_to_start() -> None
         abstract = True
         framing = "lines"
 
-    assert "'lines' will not do: write line" in what_ends_locust(given("--headless"), Mistaken)
+    assert "'lines' is not a valid framing: use line" in what_ends_locust(
+        given("--headless"), Mistaken
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("rate", 0), ("timeout", 0), ("heartbeat", 0)])
+def test_a_number_of_a_class_that_is_not_above_0_is_named_in_the_line(
+    name: str, value: float
+) -> None:
+    mistaken = type("Mistaken", (Own,), {"abstract": True, name: value})
+    assert "error: 0 is not a valid " in what_ends_locust(given("--headless"), mistaken)
 
 
 def test_in_the_web_ui_the_host_may_be_missing_at_the_start() -> None:
@@ -409,7 +443,7 @@ def lines_of(running: Program) -> list[str]:
     [
         ("--headless --host=localhost", NO_PORT),
         ("--headless --host=localhost --processes=2", NO_PORT),
-        ("--headless --host=a:1 --chat-wait=3-1 --processes=2", "argument --chat-wait: '3-1' will"),
+        ("--headless --host=a:1 --chat-wait=3-1 --processes=2", "argument --chat-wait: '3-1' is"),
         ("--headless --host=a:1 --chat-source=127.0.0.1,192.0.2.1 --processes=2", NO_ADDRESS),
         ("--headless --host=192.0.2.1:5 --echo-server --processes=2", "Cannot assign requested"),
         ("--autostart --processes=2", NO_HOST),
@@ -441,13 +475,13 @@ def test_the_options_can_stand_in_locust_conf(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("localhost 0", "write a port from 1 to 65535"),
-        ("localhost x", "write a port from 1 to 65535"),
-        ("localhost:99999", "write a port from 1 to 65535"),
-        ("http://localhost 1", "write host:port, such as localhost:12345"),
-        ("--echo-server tls://localhost:1", "write tcp://localhost:1: the built-in echo server"),
-        ("--chat-timeout=x", "'x' will not do: write seconds above 0"),
-        ("--chat-rate=1 --chat-wait=1", "write one of them: a rate is open loop"),
+        ("localhost 0", "use a port from 1 to 65535"),
+        ("localhost x", "use a port from 1 to 65535"),
+        ("localhost:99999", "is not a valid --host: use host:port with a port"),
+        ("http://localhost 1", "use host:port, such as localhost:12345"),
+        ("--echo-server tls://localhost:1", "use tcp://localhost:1: the built-in echo server"),
+        ("--chat-timeout=x", "'x' is not a valid time-out: use seconds above 0"),
+        ("--chat-rate=1 --chat-wait=1", "use one of them: a rate is open loop"),
         ("localhost 1 2", "unrecognized arguments: 2"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--echo-server 192.0.2.1 5", "Cannot assign requested address: ('192.0.2.1', 5)"),

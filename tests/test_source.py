@@ -7,19 +7,14 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
-from programs import Program, program, wait_until
-from rows import Rows, Run
-from servers import Server, echo
+from clients import Connect
+from programs import Start, program, wait_until
+from rows import Rows, RunUsers
+from servers import Serve, echo
 
-from locustfile import ChatClient, TCPSocketClient
-
-Serve = Callable[..., Server]
-Connect = Callable[..., TCPSocketClient]
-Start = Callable[..., Program]
-RunUsers = Callable[..., Run]
+from locustfile import ChatClient
 
 needs_loopback_addresses = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8 without being told"

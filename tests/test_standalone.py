@@ -9,17 +9,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from programs import STANDALONE, Program, wait_until
-from servers import Answers, Server, echo, free_port, in_turn, silent, with_the_line
+from programs import STANDALONE, Start, wait_until
+from servers import Answers, Serve, echo, free_port, in_turn, silent, with_the_line
 
-Start = Callable[..., Program]
-Serve = Callable[..., Server]
 Run = Callable[..., "Result"]
 
 OPTIONS = (
     "tcp-port",
     "chat-framing",
     "chat-echo",
+    "chat-encoding",
     "chat-timeout",
     "chat-wait",
     "chat-rate",
@@ -45,13 +44,15 @@ def run(start: Start) -> Run:
     return run
 
 
-def test_five_messages_that_come_back_are_five_lines_a_summary_and_code_0(
+def test_five_messages_that_come_back_are_the_target_five_lines_a_summary_and_code_0(
     run: Run, serve: Serve
 ) -> None:
     chat = Answers(with_the_line)
-    result = run("127.0.0.1", str(serve(chat).port))
+    server = serve(chat)
+    result = run("127.0.0.1", str(server.port))
     assert result.code == 0
-    *messages, summary = result.output.splitlines()
+    target, *messages, summary = result.output.splitlines()
+    assert target == f"connecting to {server.address}, framing line, echo full"
     assert len(messages) == len(chat.received) == 5
     for message, line in zip(messages, chat.received, strict=True):
         assert re.fullmatch(rf" *{len(line)} bytes +[\d.]+ ms  '\[.*'", message)
@@ -68,10 +69,10 @@ def test_messages_that_do_not_come_back_are_said_and_code_1(run: Run, serve: Ser
     assert "4 of 5 messages came back" in result.output
 
 
-def test_no_server_is_code_1_without_a_traceback(run: Run) -> None:
+def test_a_refused_connect_ends_it_at_once_with_code_1_and_without_a_traceback(run: Run) -> None:
     result = run("127.0.0.1", str(free_port()))
     assert result.code == 1
-    assert result.output.count("connect failed after") == 5
+    assert result.output.count("connect failed after") == 1
     assert "0 of 5 messages came back" in result.output
     assert "Traceback" not in result.output
 
@@ -89,7 +90,7 @@ def test_a_port_in_the_command_wins_over_the_environment(run: Run, serve: Serve)
     assert server.opened == 2
 
 
-def test_the_chat_options_apply(run: Run, serve: Serve) -> None:
+def test_the_chat_options_apply_and_the_target_names_them(run: Run, serve: Serve) -> None:
     """The server answers with a length prefix and what it got, in capitals."""
 
     def server(connection: socket.socket) -> None:
@@ -100,6 +101,7 @@ def test_the_chat_options_apply(run: Run, serve: Serve) -> None:
     result = run(serve(server).address, *options)
     assert result.code == 0
     assert "HELLO, EVERYONE!" in result.output
+    assert "framing >I, echo any" in result.output
 
 
 def test_where_no_echo_is_awaited_all_were_sent(run: Run, serve: Serve) -> None:
@@ -141,7 +143,7 @@ def test_an_interrupt_ends_the_five_messages_quietly(start: Start, serve: Serve)
     wait_until(lambda: server.open == 1)
     running.process.send_signal(signal.SIGINT)
     assert running.ends() == 130
-    assert running.output == ""
+    assert running.output == f"connecting to {server.address}, framing line, echo full\n"
 
 
 def test_help_shows_the_options_with_their_environment_variables(run: Run) -> None:
@@ -153,4 +155,6 @@ def test_help_shows_the_options_with_their_environment_variables(run: Run) -> No
         variable = option.upper().replace("-", "_")
         assert re.search(rf"--{option} <\w+>", text)
         assert f"[env var: {variable}]" in text
+    assert "--chat-trace" in text
+    assert "[env var: CHAT_TRACE]" in text
     assert "--echo-server" in text

@@ -15,6 +15,7 @@ from typing import Any
 import gevent
 import pytest
 import trustme
+from clients import Connect
 from gevent.server import StreamServer
 from locust.env import Environment
 from programs import (
@@ -23,6 +24,7 @@ from programs import (
     ROOT,
     STANDALONE,
     Program,
+    Start,
     latest_counts,
     program,
     quiet,
@@ -30,14 +32,11 @@ from programs import (
     wait_until,
 )
 from rows import Rows
-from servers import Handler, Server, deaf, echo, free_port, lines, reset, silent
+from servers import Handler, Serve, Server, deaf, echo, free_port, lines, reset, silent
 
 import locustfile
 from locustfile import ChatClient, ConnectionClosed, TCPSocketClient
 
-Serve = Callable[..., Server]
-Connect = Callable[..., TCPSocketClient]
-Start = Callable[..., Program]
 Context = Callable[[], ssl.SSLContext]
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"]

@@ -7,7 +7,6 @@ import random
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable
 
 import gevent
 import pytest
@@ -16,13 +15,10 @@ from locust import constant, events, stats, task
 from locust.env import Environment
 from locust.event import Events
 from programs import ROOT, wait_until
-from rows import Run
-from servers import Server, echo, echo_after, free_port, lines, silent
+from rows import RunUsers
+from servers import Serve, echo, echo_after, free_port, lines, silent
 
 from locustfile import LONG_TEXTS, SHORT_TEXTS, VERY_LONG_TEXTS, ChatClient, bucket_response_time
-
-Serve = Callable[..., Server]
-RunUsers = Callable[..., Run]
 
 
 def test_what_the_client_counted_as_sent_is_what_the_server_counted_as_received(
@@ -255,9 +251,13 @@ def test_a_login_is_made_on_every_connection_and_has_a_row_of_its_own(
 @pytest.mark.parametrize(
     ("host", "options", "instead"),
     [
-        ("http://a", {}, "write host:port, such as localhost:12345"),
-        ("127.0.0.1", {"tcp_port": "wrong"}, "'wrong' will not do: write a port from 1 to 65535"),
-        ("a:1", {"chat_rate": "1", "chat_wait": "1"}, "write one of them: a rate is open loop"),
+        ("http://a", {}, "use host:port, such as localhost:12345"),
+        (
+            "127.0.0.1",
+            {"tcp_port": "wrong"},
+            "'wrong' is not a valid port: use a port from 1 to 65535",
+        ),
+        ("a:1", {"chat_rate": "1", "chat_wait": "1"}, "use one of them: a rate is open loop"),
     ],
 )
 def test_a_wrong_setting_typed_into_the_web_ui_is_a_failed_connect_that_says_it(

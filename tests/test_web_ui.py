@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from programs import FIXED_ROWS, LOCUST, Program, WebUI, program, wait_until
-from servers import Server, echo, silent
+from programs import FIXED_ROWS, LOCUST, Program, Start, WebUI, program, wait_until
+from servers import Serve, Server, echo, silent
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-Start = Callable[..., Program]
-Serve = Callable[..., Server]
 OpenWebUI = Callable[..., Program]
 
 # The switches let it run as root, and keep it from looking up addresses of its maker.
@@ -180,9 +178,9 @@ def test_what_is_wrong_in_the_form_is_a_failed_connect_that_says_what_to_write(
     server = serve(echo)
     running = open_web_ui()
     fill(page, host="http://somewhere.example")
-    start_and_see_failure(page, "will not do: write host:port, such as localhost:12345")
+    start_and_see_failure(page, "is not a valid --host: use host:port, such as localhost:12345")
     fill(page, host=server.address, chatTimeout="soon")
-    start_and_see_failure(page, "'soon' will not do: write seconds above 0")
+    start_and_see_failure(page, "'soon' is not a valid time-out: use seconds above 0")
     assert server.opened == 0
 
     fill(page, host=f"tcp://{server.address}", chatTimeout="60")
