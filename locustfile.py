@@ -76,7 +76,7 @@ READ_SIZE = 16 * 1024  # bytes a read; a larger buffer costs more to allocate th
 
 
 class ChatHooks:
-    """What a protocol's author may override: one object, given to the client. A user is one."""
+    """The methods that a protocol overrides. A ``TCPChatUser`` has them, for its client to call."""
 
     tls_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
     """Makes the context of TLS connections: authorities, own certificate, … A function makes one
@@ -86,16 +86,20 @@ class ChatHooks:
     """Seconds between two calls of ``on_heartbeat``; None: none."""
 
     def on_connect(self) -> None:
-        """Log in: called after every connect, before other messages are sent.
+        """Log in: called after every connect, before the messages of tasks are sent.
 
-        ``send_chat`` waits here, and its row is ``login``::
+        ``send_chat`` waits here, and its row is ``login``. With ``is_refusal``, a refusal is one
+        failed row, at once; without, the login waits for its time-out::
 
             def on_connect(self):
-                if self.client.send_chat(b"NICK kim", echo=lambda line: b"001" in line) is None:
+                if self.client.send_chat(b"NICK kim", echo=lambda line: b" 001 " in line) is None:
                     raise PermissionError("not let in")
 
-        :raises OSError: or ``ValueError`` where the server refuses: a failed row ``login``, and the
-            connection is closed
+            def is_refusal(self, payload):
+                return b" 433 " in payload
+
+        :raises OSError: or ``ValueError`` where the user cannot go on: the connection is closed,
+            with a failed row ``login``, unless a message of the login has failed already
         """
 
     def compose(self, tag: str, message: str) -> str | bytes:
@@ -115,21 +119,27 @@ class ChatHooks:
     def is_refusal(self, payload: bytes) -> bool:
         """Return whether a message is the server's "no": an exchange fails with ``EchoRefused``.
 
-        Asked of each echo, and of each message that nobody awaits while something is in flight:
-        then the oldest exchange fails. Called on the event loop, so it must not block.
+        Asked of each echo, and of each message that nobody awaits while an echo is awaited: then
+        the oldest exchange fails, which with several in flight is a guess. Called on the event
+        loop, so it must not block.
         """
         return False
 
     def on_echo(self, tag: str, payload: bytes, arrived: float) -> None:
-        """Take the good echo of a tagged message, after its row.
+        """Take a good echo, after its row.
 
+        :param tag: of the message; empty where it was sent untagged
         :param arrived: as in ``on_message``
         """
 
     def on_message(self, payload: bytes, arrived: float) -> None:
         """Take a message that no exchange awaits: a broadcast, a banner, a server's ``PING``.
 
-        Called in order, in a greenlet: it may send, wait and block.
+        Called in order, in a greenlet: it may send, wait and block. During the login, too::
+
+            def on_message(self, payload, arrived):
+                if payload == b"PING":
+                    self.client.send_chat(b"PONG", echo="none", name="pong")
 
         :param arrived: ``time.perf_counter()`` when the kernel had its last byte
         """
@@ -149,10 +159,13 @@ class ChatHooks:
 class TCPChatUser(ChatHooks, User):
     """A user with a chat connection, ``self.client``, that ends with the user.
 
-    The attributes are defaults: an option that is given wins over them. The echo is one text that
-    comes back; for another protocol, set what differs::
+    The attributes are defaults: an option that is given wins over them. For another protocol, set
+    and override what differs, in a file of its own. Import this file as a module there: Locust
+    would run a ``ChatClient`` that is imported by its name, too::
 
-        class IrcUser(ChatClient):
+        import locustfile
+
+        class IrcUser(locustfile.ChatClient):
             framing = "crlf"
             echo = "tag"
 
@@ -240,7 +253,8 @@ class TCPChatUser(ChatHooks, User):
 class ChatClient(TCPChatUser):
     """Mostly short messages, some long, a few very long.
 
-    A new scenario is one more ``@task`` method.
+    A new scenario is one more ``@task`` method that calls ``self.client.send_chat(text)``. A login
+    or another protocol is a class of its own: see :class:`TCPChatUser`.
     """
 
     @task(5)
@@ -260,6 +274,12 @@ class ChatClient(TCPChatUser):
 
 
 # ------------------------------------------------------------------------------------- the client
+# The way of a message:
+#   send_chat            compose and tag it: an Exchange; Connection.send frames it; the user waits
+#   Connection.flush     in the next iteration of the event loop: start the clock, send
+#   Connection._read     when its echo has come: cut the bytes into messages, find the exchange
+#   SendBatch            in the next iteration: wake the user
+#   _report              fire the rows ``send_chat`` and ``echo_response``; send_chat returns
 
 
 class TCPSocketClient:
@@ -324,8 +344,8 @@ class TCPSocketClient:
         self._is_cancelled = False  # ``close`` was called during the attempt
         self._is_shut_down = False
         self._connecting_greenlet: gevent.Greenlet | None = None
-        # The greenlets in ``on_connect``, ``on_message`` and ``on_heartbeat``: each keeps to its
-        # connection, and sends on none where that has ended.
+        # The greenlets in ``on_connect``, ``on_message`` and ``on_heartbeat``, each with the
+        # connection that it is called for: its answers must not go out on a later one.
         self._bound: dict[gevent.Greenlet, Connection] = {}
         self._pending = 0  # exchanges and reports that ``wait_for_echoes`` waits for
         self._unawaited: MessageQueue | None = None
@@ -355,7 +375,8 @@ class TCPSocketClient:
         """Send a message, connecting first if need be, and wait for its echo.
 
         Text is tagged, unless it starts with ``/`` (a command) or echo is ``any`` or a function;
-        ``bytes`` go out as they are. The README has a table of what counts as the echo::
+        ``bytes`` go out as they are. The README has a table of what counts as the echo. ``any`` is
+        the next message, be it a ``PING``: give a function where the server talks unasked, too::
 
             self.client.send_chat("hello")
             self.client.send_chat(b"JOIN #room", echo=lambda line: b" 366 " in line, name="join")
@@ -364,8 +385,9 @@ class TCPSocketClient:
             function is called on the event loop, and must not block
         :param wait: False: hand the message over and go on; its rows come with its echo. None: wait
             in closed loop and in ``on_connect``
-        :param name: of the row that ends the exchange, instead of ``echo_response``, or of
-            ``send_chat`` where no echo is awaited
+        :param name: of the row of the round trip, good or failed, instead of ``echo_response``; of
+            ``send_chat`` where no echo is awaited. A row with a name of its own is a try, as the
+            result line and verdicts count them
         :returns: the echo, ``bytes`` for a ``bytes`` message; None where the exchange failed, no
             echo is awaited, or it does not wait
         :raises ValueError: for a message that cannot be sent so, before anything is sent
@@ -376,17 +398,18 @@ class TCPSocketClient:
             echo = parse_echo(echo)
         connection = self._connection
         if connection is None or self._connecting_greenlet is not None or self._bound:
-            connection = self._usable_connection()
+            connection = self._usable_connection()  # without a hook at work, it is that one
         if connection is None:
             return None
         exchange = self._new_exchange(message, echo)
-        exchange.name = name
         if self._connecting_greenlet is not None:
             exchange.is_login = self._connecting_greenlet is gevent.getcurrent()
+        if name is not None or exchange.is_login:
+            exchange.name_rows(name)
         if wait is None:
             wait = self._waits or exchange.is_login
         if not self._waits and not self.first_send_at:
-            self.first_send_at = perf_counter()
+            self.first_send_at = perf_counter()  # for the schedule of the open loop
         if not wait:
             exchange.on_done = self._report_later
             connection.send(exchange)
@@ -456,8 +479,8 @@ class TCPSocketClient:
             exchange.on_done = self._report_later
             if connection.withdraw(exchange):
                 self._pending -= 1  # nothing of it was sent: there is nothing to report
-            # Locust stops this user: under --stop-timeout its echo still counts. A time-out of the
-            # task's own gives the message up.
+            # Locust kills its users: under --stop-timeout their echoes still count. Anything else,
+            # such as a gevent.Timeout of the task's own, gives the message up.
             exchange.is_abandoned = not isinstance(error, gevent.GreenletExit)
             raise
         try:
@@ -469,38 +492,34 @@ class TCPSocketClient:
 
     def _report(self, exchange: Exchange) -> bytes | None:
         """Fire the rows of an exchange that has ended; return the reply, or None."""
+        started_at = exchange.started_at
         if exchange.sent_at:
-            name = "send_chat"
-            if exchange.echo == "none" and exchange.name:
-                name = exchange.name
-            seconds = exchange.sent_at - exchange.started_at
-            self._fire(name, exchange.started_at, seconds, exchange.size)
+            self._fire(
+                exchange.sending_row, started_at, exchange.sent_at - started_at, exchange.size
+            )
         if exchange.error is not None:
             if not exchange.is_abandoned:
-                self._fire_failure(exchange)
+                self._report_failure(exchange)
             return None
         if exchange.reply is None or exchange.is_abandoned:
             return None
-        name = exchange.name or ("login" if exchange.is_login else "echo_response")
-        seconds = exchange.received_at - exchange.started_at
-        self._fire(name, exchange.started_at, seconds, len(exchange.reply))
+        seconds = exchange.received_at - started_at
+        self._fire(exchange.echo_row, started_at, seconds, len(exchange.reply))
         if not exchange.is_login:  # else an attempt after a refused login would come too soon
             self._back_off.reset()
-        if exchange.tag and "on_echo" in self._overridden:
+        if "on_echo" in self._overridden:
             self._hooks.on_echo(exchange.tag.decode(), exchange.reply, exchange.received_at)
         return exchange.reply
 
-    def _fire_failure(self, exchange: Exchange) -> None:
+    def _report_failure(self, exchange: Exchange) -> None:
         """Fire the failed row of an exchange: of its echo, or of the sending that failed."""
-        name, size = "send_chat", exchange.size
-        if exchange.sent_at:
-            name = exchange.name or ("login" if exchange.is_login else "echo_response")
-            size = len(exchange.reply or b"")
-        elif exchange.echo == "none" and exchange.name:
-            name = exchange.name
         started_at = exchange.started_at or exchange.received_at
         seconds = exchange.received_at - started_at
-        self._fire(name, started_at, seconds, size, exchange.error)
+        if exchange.sent_at:
+            size = len(exchange.reply or b"")
+            self._fire(exchange.echo_row, started_at, seconds, size, exchange.error)
+        else:
+            self._fire(exchange.sending_row, started_at, seconds, exchange.size, exchange.error)
 
     def _report_later(self, exchange: Exchange) -> None:
         """Report an exchange for which no greenlet waits: not here, on the event loop."""
@@ -539,7 +558,10 @@ class TCPSocketClient:
     # -- messages that nobody awaits
 
     def refusal_in(self, payload: bytes) -> ChatError | None:
-        """Ask the hook; return what an exchange fails with, or None. The event loop calls it."""
+        """Ask the hook; return what an exchange fails with, or None. The event loop calls it.
+
+        What the hook raises is reported, and fails an echo that it was asked of: it is not judged.
+        """
         try:
             is_refusal = timed_hook("is_refusal", self._hooks.is_refusal, payload)
         except (Exception, gevent.Timeout) as error:
@@ -714,12 +736,12 @@ class TCPSocketClient:
 
     def wait_for_echoes(self, seconds: float) -> None:
         """Wait until nothing is in flight and all is reported, at most so many seconds."""
-        limit = perf_counter() + seconds
-        while self._pending and perf_counter() < limit:
-            gevent.sleep(0.01)
+        ends_at = perf_counter() + seconds
+        while self._pending and perf_counter() < ends_at:
+            gevent.sleep(0.01)  # once in the life of a user: nothing is gained by being woken
 
     def on_connection_end(self, connection: Connection) -> None:
-        """Delay the next attempt where the end was a failure, and see that a row says it."""
+        """Delay the next attempt after a failure; fire ``disconnect`` where no row says it yet."""
         if self._connection is connection:
             self._connection = None
         error = connection.end_error
@@ -730,7 +752,8 @@ class TCPSocketClient:
         if perf_counter() - connection.since > LONGEST_DELAY:
             self._back_off.reset()
         self._back_off.delay()
-        is_logging_in = self._bound.get(self._connecting_greenlet) is connection  # it looks itself
+        # During the login, ``_log_in`` sees that a row says it.
+        is_logging_in = self._bound.get(self._connecting_greenlet) is connection
         if not connection.is_end_reported and not is_logging_in:
             self._pending += 1
             fire = functools.partial(self._fire, "disconnect", perf_counter(), 0.0, 0, error)
@@ -775,8 +798,9 @@ def client_of(user: TCPChatUser, settings: Settings) -> TCPSocketClient:
 
 
 def overridden_hooks(hooks: ChatHooks) -> frozenset[str]:
-    """Return the names of the hooks that are more than those of ``ChatHooks``: the others cost
-    nothing, as they need not be called.
+    """Return the names of the hooks that are more than those of ``ChatHooks``.
+
+    Those that every message would call are left out where they do nothing.
     """
     return frozenset(
         name
@@ -837,8 +861,8 @@ CLIENT_NUMBERS = itertools.count()
 def new_identity() -> str:
     """Return eight hexadecimal digits that no other client of this run is likely to have.
 
-    Locust forks workers after this file was loaded: they share RANDOM_START, and their process
-    numbers are multiplied so that what they count from lies far apart.
+    Locust forks workers after this file was loaded: they share RANDOM_START. Their process numbers
+    are multiplied by 2^32 over the golden ratio, so that what they count from lies far apart.
     """
     number = RANDOM_START + os.getpid() * 0x9E3779B1 + next(CLIENT_NUMBERS)
     return f"{number % 2**32:08x}"
@@ -865,7 +889,8 @@ class BackOff:
 
     def delay(self) -> None:
         """Delay the next attempt, more after each failure."""
-        longest = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures, 10))
+        doublings = min(self._failures, 10)  # more would make no difference, and overflow at last
+        longest = min(LONGEST_DELAY, FIRST_DELAY * 2.0**doublings)
         self._next_attempt_at = perf_counter() + random.uniform(0, longest)
         self._failures += 1
 
@@ -882,7 +907,8 @@ class GreenletPool:
     millisecond; then the event loop polls its sockets before the next.
 
     A job leaves nothing behind: it runs in an empty context (``contextvars``), and a greenlet whose
-    job has waited, or has left a timer running (a forgotten ``gevent.Timeout``), is not used again.
+    job has waited, or to which something still refers (a forgotten ``gevent.Timeout``), is not used
+    again.
     """
 
     SLICE = 0.001  # seconds
@@ -924,14 +950,17 @@ class GreenletPool:
 
     def _work(self) -> None:
         """Do jobs, slice after slice."""
-        loop = gevent.get_hub().loop
+        greenlet = gevent.getcurrent()
         waiter = gevent.hub.Waiter()
         while True:
             while self._jobs and not self.is_slice_over():
                 job = self._jobs.popleft()
-                switches, watchers = self._switches, loop.activecnt
+                switches = self._switches
+                references = sys.getrefcount(greenlet)
                 contextvars.Context().run(job)
-                if self._switches != switches or loop.activecnt != watchers:
+                has_waited = self._switches != switches
+                # A gevent.Timeout that is running refers to the greenlet that it will interrupt.
+                if has_waited or sys.getrefcount(greenlet) != references:
                     return
             if len(self._idle) >= self.MOST_IDLE:
                 return
@@ -943,6 +972,8 @@ GREENLET_POOL = GreenletPool()
 
 BACKLOG_MESSAGES = 10_000  # messages that may wait for ``on_message`` before reading pauses
 BACKLOG_BYTES = 16 * 1024 * 1024  # bytes that may wait for it
+# Of these limits. After a resume, one read of empty lines (READ_SIZE) stays below twice the limit.
+PAUSE_ABOVE, RESUME_BELOW, GIVE_UP_ABOVE = 1.0, 0.25, 2.0
 
 
 class MessageQueue:
@@ -975,11 +1006,11 @@ class MessageQueue:
         if not self._is_scheduled:
             self._is_scheduled = True
             GREENLET_POOL.spawn(self._handle_all)
-        if self._is_over(1) and self._paused is not connection:
+        if self._is_over(PAUSE_ABOVE) and self._paused is not connection:
             self._paused = connection
             connection.pause_reading()
             self._watch_handler(connection)
-        if self._is_over(2):
+        if self._is_over(GIVE_UP_ABOVE):
             self.clear()
             raise HandlerTooSlow
 
@@ -1025,7 +1056,7 @@ class MessageQueue:
         connection, payload, received_at = self._messages.popleft()
         self._bytes -= len(payload)
         self._taken += 1
-        if self._paused is not None and not self._is_over(0.25):
+        if self._paused is not None and not self._is_over(RESUME_BELOW):
             self._paused.resume_reading()
             self._paused = None
         self._bound[greenlet] = connection
@@ -1050,7 +1081,7 @@ class MessageQueue:
 # --------------------------------------------------------------------------------- the connection
 
 READABLE, WRITABLE = 1, 2  # what libev, the event loop, watches a socket for
-DISCARDED_AT_CLOSE = 64  # reads, at most; a server that sends without an end is not read for ever
+DISCARDED_AT_CLOSE = 64  # reads, 1 MiB in all; a server may send without an end
 
 
 class Watcher(Protocol):
@@ -1069,6 +1100,9 @@ class Watcher(Protocol):
 class Connection:
     """A connected socket and the exchanges in flight on it. A reconnect makes another.
 
+    What has arrived is read before an untagged message is sent, as its reply is known only by when
+    it comes, and before a deadline or an error of sending fails anything.
+
     The event loop calls ``flush``, ``_read``, ``_on_writable`` and ``_on_deadline``: they
     may neither block nor raise, as that would stop all users.
     """
@@ -1080,9 +1114,9 @@ class Connection:
         "_has_built_in_framing",
         "_is_flush_scheduled",
         "_is_paused",
-        "_is_reply_exact",
         "_is_reply_last",
         "_is_shaking_hands",
+        "_knows_what_followed",
         "_loop",
         "_outgoing",
         "_reader",
@@ -1122,7 +1156,7 @@ class Connection:
         self._is_flush_scheduled = False
         self._is_paused = False
         self._is_reply_last = True  # nothing has come after the last reply
-        self._is_reply_exact = True  # its last byte was fed alone: so that is known
+        self._knows_what_followed = True  # that, as the last byte of the read was fed alone
         self._is_shaking_hands = False
         self._loop = loop = gevent.get_hub().loop
         self._deadline: Watcher | None = None  # a timer, there is one while anything is in flight
@@ -1169,7 +1203,7 @@ class Connection:
         self._is_flush_scheduled = False
         if self._is_shaking_hands:
             return
-        for exchange in self._outgoing:
+        for exchange in self._outgoing:  # it is empty where ``_start`` has ended the connection
             if not exchange.started_at:
                 self._start(exchange)
         while self._outgoing and self._send(self._outgoing[0]):
@@ -1220,7 +1254,7 @@ class Connection:
             self._read_arrived()  # a reply may have come before the connection broke
             self.end(error)
             return False
-        exchange.is_in_flight = True
+        exchange.is_partly_sent = True
         if taken < len(exchange.unsent):
             exchange.unsent = exchange.unsent[taken:]
             return False
@@ -1318,8 +1352,10 @@ class Connection:
         """
         if len(self._tagged) == 1:  # the common case: the one echo awaited, as it was sent
             (exchange,) = self._tagged.values()
-            if payload == exchange.payload and exchange.expected is exchange.payload:
+            is_whole = payload == exchange.payload and exchange.expected is exchange.payload
+            if is_whole and not self._is_too_late(exchange, received_at):
                 self._tagged.clear()
+                # Its own payload, so that ``send_chat`` need not decode what is equal.
                 self._take_reply(exchange, exchange.payload, received_at)
                 return
         has_own_tag = is_taken = False
@@ -1329,8 +1365,11 @@ class Connection:
             tag = TAG.match(payload, position)
             if tag is not None:
                 has_own_tag = True
-                owner = self._tagged.pop(tag[0], None)
-                if owner is not None:
+                owner = self._tagged.get(tag[0])
+                if owner is not None and self._is_too_late(owner, received_at):
+                    self._time_out(owner)
+                elif owner is not None:
+                    del self._tagged[tag[0]]
                     self._take_reply(owner, payload, received_at, position)
                     is_taken = True
             position = payload.find(identity, position + len(identity))
@@ -1340,7 +1379,10 @@ class Connection:
     def _deliver_untagged(self, payload: bytes, received_at: float, has_own_tag: bool) -> None:
         """Take a message without the tag of an exchange in flight to where it belongs."""
         for exchange in self._untagged:
-            if exchange.is_in_flight and exchange.accepts(payload, has_own_tag):
+            if exchange.is_partly_sent and exchange.accepts(payload, has_own_tag):
+                if self._is_too_late(exchange, received_at):
+                    self._time_out(exchange)  # which ends the connection
+                    break
                 self._untagged.remove(exchange)
                 self._take_reply(exchange, payload, received_at)
                 return
@@ -1356,25 +1398,27 @@ class Connection:
         firsts = (*itertools.islice(self._tagged.values(), 1), *self._untagged[:1])
         oldest = min(firsts, key=lambda exchange: exchange.started_at)
         self._stop_awaiting(oldest)
-        oldest.take_reply(payload, received_at)
+        oldest.judge(payload, received_at)
         oldest.error = refusal
-        self._reply_taken(oldest)
+        self._finish_if_sent(oldest)
+
+    def _is_too_late(self, exchange: Exchange, received_at: float) -> bool:
+        """Return whether a reply came after the deadline; the event loop was busy then."""
+        return received_at - exchange.started_at > self._client.timeout
 
     def _take_reply(
         self, exchange: Exchange, payload: bytes, received_at: float, tag_at: int = 0
     ) -> None:
         """Give an exchange its reply, and judge that."""
-        exchange.take_reply(payload, received_at, tag_at)
+        exchange.judge(payload, received_at, tag_at)
         if self._client.has_refusals:
             exchange.error = self._client.refusal_in(payload) or exchange.error
-        if received_at - exchange.started_at > self._client.timeout:
-            exchange.error = EchoTimeout()  # the event loop was busy, else it had failed already
-        self._reply_taken(exchange)
+        self._finish_if_sent(exchange)
 
-    def _reply_taken(self, exchange: Exchange) -> None:
-        """End an exchange that has its reply, once all of the message is sent."""
+    def _finish_if_sent(self, exchange: Exchange) -> None:
+        """End an exchange that has its reply: now, or when all of the message is sent."""
         self._is_reply_last = True
-        self._is_reply_exact = not exchange.tag or self.logged_in_since is None
+        self._knows_what_followed = not exchange.tag or self.logged_in_since is None
         if not exchange.unsent:
             self._finish(exchange)
 
@@ -1402,7 +1446,7 @@ class Connection:
         """
         if self._tls is not None or self._outgoing or self.awaited_count:
             raise ValueError("TLS begins once, and while no message is in flight")
-        if not self._is_reply_exact:
+        if not self._knows_what_followed:
             raise ValueError("after the login, ask for TLS without a tag: by bytes, or a command")
         self._is_shaking_hands = True
         self._reader.stop()
@@ -1421,11 +1465,14 @@ class Connection:
         self._is_shaking_hands = False
         self._tls = tls
         self._framing = framing
-        self._reader.start(self._read)
+        self._has_built_in_framing = type(framing) in BUILT_IN_FRAMINGS
+        if not self._is_paused:
+            self._reader.start(self._read)
         self._read_behind_handshake()
         self.flush()  # messages of other greenlets have waited
 
-    # -- how exchanges, and the connection, end
+    # -- how exchanges end: they fail with an error, or finish; and the connection: it is closed
+    # locally, or ended by an error. One row tells of that: of an exchange, or else ``disconnect``.
 
     def _finish(self, exchange: Exchange) -> None:
         """Let whoever waits for an exchange go on, or have it reported."""
@@ -1511,8 +1558,8 @@ class Connection:
         if self.heartbeat is not None and self.heartbeat is not gevent.getcurrent():
             self.heartbeat.kill(block=False)
         self._close_socket()
-        in_flight = (*self._tagged.values(), *self._untagged, *self._outgoing)
-        for exchange in dict.fromkeys(in_flight):
+        unfinished = (*self._tagged.values(), *self._untagged, *self._outgoing)
+        for exchange in dict.fromkeys(unfinished):  # one may be both outgoing and awaited
             self._fail(exchange, error)
             self.is_end_reported = self.is_end_reported or not exchange.is_abandoned
         self._outgoing.clear()
@@ -1526,7 +1573,7 @@ class Connection:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             return
-        is_in_a_message = bool(self._outgoing) and self._outgoing[0].is_in_flight
+        is_in_a_message = bool(self._outgoing) and self._outgoing[0].is_partly_sent
         if self._tls is not None and not is_in_a_message:
             with contextlib.suppress(OSError):  # without it the end looks cut (RFC 8446, 6.1)
                 self._socket.send(self._tls.close())
@@ -1539,7 +1586,7 @@ class Connection:
 
 
 class SendBatch:
-    """What the event loop does in its next iteration: all sends back to back, then wake-ups.
+    """What the event loop does in its next iteration: all sends back to back, then wake users.
 
     A server that is woken for each message costs more than one that is at work already. So users
     that go on send in the next iteration, all together. docs/design.md has the measurements.
@@ -1594,16 +1641,17 @@ class Exchange:
 
     __slots__ = (
         "echo",
+        "echo_row",
         "error",
         "expected",
         "is_abandoned",
-        "is_in_flight",
         "is_login",
-        "name",
+        "is_partly_sent",
         "on_done",
         "payload",
         "received_at",
         "reply",
+        "sending_row",
         "sent_at",
         "size",
         "started_at",
@@ -1618,11 +1666,12 @@ class Exchange:
         self.tag = tag  # empty: sent untagged
         self.text: str | bytes | None = None  # what the payload was made of, if that is UTF-8
         self.expected = payload  # what a ``full`` echo has to contain
-        self.name: str | None = None  # of the row that ends it, if it is not the default one
+        self.sending_row = "send_chat"
+        self.echo_row = "echo_response"
         self.is_login = False  # sent by ``on_connect``
         self.unsent = b""  # framed, from its start on encrypted: what the kernel has not taken yet
         self.size = 0  # bytes, framed
-        self.is_in_flight = False  # the kernel has taken a part of it, or all
+        self.is_partly_sent = False  # the kernel has taken a part of it, or all
         self.started_at = 0.0  # ``perf_counter``, just before the first send
         self.sent_at = 0.0  # the kernel has taken the last byte
         self.received_at = 0.0  # the last byte of the reply arrived, or the exchange failed
@@ -1630,6 +1679,15 @@ class Exchange:
         self.error: Exception | None = None  # neither reply nor error: closed locally
         self.is_abandoned = False  # its task gave it up: no echo row
         self.on_done: Callable[[Exchange], object]
+
+    def name_rows(self, name: str | None) -> None:
+        """Give the row that ends it a name of its own, or that of the login."""
+        if self.is_login:
+            self.echo_row = "login"
+        if name is not None and self.echo == "none":
+            self.sending_row = name
+        elif name is not None:
+            self.echo_row = name
 
     def accepts(self, payload: bytes, has_own_tag: bool) -> bool:
         """Return whether a payload is the reply to this untagged message.
@@ -1644,8 +1702,8 @@ class Exchange:
             log_place_of(error)
             raise EchoFunctionError from error
 
-    def take_reply(self, payload: bytes, received_at: float, tag_at: int = 0) -> None:
-        """Take the reply, and judge it where a tag found it.
+    def judge(self, payload: bytes, received_at: float, tag_at: int = 0) -> None:
+        """Take the reply, and set the error where it is not what ``full`` awaits.
 
         :param tag_at: where in the payload the tag is
         """
@@ -2022,7 +2080,7 @@ def feed_until_error(framing: Framing, data: bytes) -> tuple[list[bytes], BaseEx
 
 
 class ChatError(Exception):
-    """The chat failed."""
+    """What a request can fail with, beside an ``OSError``."""
 
     text = "The chat failed."
 
@@ -2114,6 +2172,7 @@ def log_place_of(error: BaseException) -> None:
 NO_CONNECTION = "no connection within the time-out"
 NO_LOOK_UP = "the name was not looked up within the time-out"
 LOOK_UP_KEPT = 30.0  # seconds
+LOOK_UP_GRACE = 0.02  # seconds after the deadline
 # Linux, ip(7): choose the port when connecting, not when binding. Python 3.11 has no name for it.
 IP_BIND_ADDRESS_NO_PORT = 24
 TCP_USER_TIMEOUT = 60_000  # ms that sent bytes may stay unacknowledged: the machine has vanished
@@ -2243,7 +2302,7 @@ class LookUp:
 
     def _look_up(self, host: str, port: int) -> None:
         try:
-            addresses = look_up(host, port)
+            addresses = resolve(host, port)
         except (OSError, ValueError) as error:
             self.good_until = 0.0
             self.result.set_exception(error)
@@ -2252,7 +2311,7 @@ class LookUp:
             self.result.set(addresses)
 
 
-def look_up(host: str, port: int) -> list[AddressInfo]:
+def resolve(host: str, port: int) -> list[AddressInfo]:
     """Return the addresses of a name. ``localhost.`` and the like are in no name server.
 
     :raises OSError: where it has none
@@ -2283,7 +2342,10 @@ def addresses_of(host: str, port: int, ends_at: float) -> list[AddressInfo]:
     if shared is None or perf_counter() > shared.good_until:
         shared = LOOK_UPS[host, port] = LookUp(host, port)
     try:
-        addresses: list[AddressInfo] = shared.result.get(timeout=ends_at - perf_counter())
+        shared.result.wait(timeout=ends_at - perf_counter())
+        if not shared.result.ready():  # it may be in its thread, where this process stood still
+            shared.result.wait(timeout=LOOK_UP_GRACE)
+        addresses: list[AddressInfo] = shared.result.get(block=False)
     except gevent.Timeout:
         raise TimeoutError(NO_LOOK_UP) from None
     first = [address for address in addresses if address[0] == addresses[0][0]]
@@ -2382,14 +2444,16 @@ LATE_READS_TOLERATED = 0.01  # of all reads
 KEPT_SCHEDULE = 0.95  # of the messages due, started in time
 ENOUGH = 100  # reads, or messages due, before a share of them says anything
 SLOW_HOOK = 0.02  # seconds; a hook on the event loop holds up all users
-SERVING_ROWS = ("connect", "send_chat")  # their successes are no tries: they serve a message
+SERVING_ROWS = ("connect", "send_chat")  # they only prepare a round trip: no tries of their own
 ARRIVAL_ROWS = ("delivery", "received")  # of plugins: they tell of what others sent
 ECHO_ROW = ("echo_response", "TCP")
 END_MESSAGE = "chat_end"  # what a worker sends to its master when its run has stopped
 
 
 class Totals(NamedTuple):
-    """What the generator did in a run. But for the last and ``in_flight``, they only grow."""
+    """What the generator did in a run. All but ``in_flight`` and ``longest_stall`` are counts: the
+    difference of two looks is what happened between them.
+    """
 
     awaited: int = 0  # exchanges that awaited an echo, and have ended
     echoed: int = 0  # those of them that got a good one
@@ -2398,8 +2462,8 @@ class Totals(NamedTuple):
     started_in_time: int = 0  # those of them that were handed over within 0.1 s
     reads: int = 0  # with a time of arrival by the kernel
     late_reads: int = 0  # those of them that were over 20 ms late
-    pauses: int = 0  # times that the event loop stood still for over half a second
-    longest_pause: float = 0.0  # seconds
+    stalls: int = 0  # times that the event loop stood still for over half a second
+    longest_stall: float = 0.0  # seconds
 
 
 class RunRecord:
@@ -2407,6 +2471,7 @@ class RunRecord:
 
     def __init__(self) -> None:
         self.environment: env.Environment | None = None
+        self.result = ""  # the line of the run that has ended
         self._watcher: gevent.Greenlet | None = None
         self.reset()
 
@@ -2415,12 +2480,12 @@ class RunRecord:
         self.awaited = self.echoed = self.in_flight = 0
         self.due = self.started_in_time = 0
         self.reads = self.late_reads = 0
-        self.pauses = 0
-        self.longest_pause = 0.0
+        self.stalls = 0
+        self.longest_stall = 0.0
         self.is_traced = False  # a user of this process is
         self.workers: dict[str, Totals] = {}  # by the id of the worker, the latest that it said
         self.lost: set[str] = set()  # ids of workers that were seen to be missing
-        self.expected: set[str] = set()  # ids of workers that have to report their end
+        self.unreported: set[str] = set()  # ids of workers that have still to report their end
         self._warned: set[str] = set()
 
     def totals(self) -> Totals:
@@ -2433,8 +2498,8 @@ class RunRecord:
             self.started_in_time,
             self.reads,
             self.late_reads,
-            self.pauses,
-            self.longest_pause,
+            self.stalls,
+            self.longest_stall,
         )
 
     def start_watching(self) -> None:
@@ -2460,8 +2525,8 @@ class RunRecord:
             pause = perf_counter() - looked_at - WATCH_INTERVAL
             looked_at = perf_counter()
             if pause > STOOD_STILL:
-                self.pauses += 1
-                self.longest_pause = max(self.longest_pause, pause)
+                self.stalls += 1
+                self.longest_stall = max(self.longest_stall, pause)
             for fault in own_faults(self.totals()):
                 self.warn_once(fault.kind, f"{fault.text}; {fault.remedy}")
 
@@ -2483,11 +2548,7 @@ class RunRecord:
 
     def worker_ids(self, runner: runners.MasterRunner) -> set[str]:
         """Return the ids of all workers that took part in the run."""
-        return {*runner.clients, *self.workers, *self.lost, *self.expected}
-
-    def unreported(self) -> set[str]:
-        """Return the ids of the workers that had to report their end and have not."""
-        return self.expected - self.lost
+        return {*runner.clients, *self.workers, *self.lost, *self.unreported}
 
     def warn_once(self, kind: str, text: str) -> None:
         """Log a warning, unless this run has had one of this kind."""
@@ -2534,12 +2595,12 @@ MORE_MACHINES = "use --processes, more machines, or fewer users"
 def own_faults(totals: Totals) -> list[Fault]:
     """Return what one process did wrong, as its totals say."""
     faults = []
-    if totals.pauses:
+    if totals.stalls:
         faults.append(
             Fault(
                 "stood still",
-                totals.longest_pause,
-                f"the generator stood still for {totals.longest_pause:.1f} s",
+                totals.longest_stall,
+                f"the generator stood still for {totals.longest_stall:.1f} s",
                 "the server was not asked anything then; look for what blocks, or takes the "
                 "processor",
             )
@@ -2585,7 +2646,7 @@ def run_totals(environment: env.Environment) -> Totals:
     if not processes:
         return Totals()
     sums = Totals._make(map(sum, zip(*processes, strict=True)))
-    return sums._replace(longest_pause=max(each.longest_pause for each in processes))
+    return sums._replace(longest_stall=max(each.longest_stall for each in processes))
 
 
 def lost_workers(environment: env.Environment) -> int:
@@ -2593,7 +2654,7 @@ def lost_workers(environment: env.Environment) -> int:
     if not isinstance(environment.runner, runners.MasterRunner):
         return 0
     RUN.note_missing(environment.runner)
-    return len(RUN.lost | RUN.unreported())
+    return len(RUN.lost | RUN.unreported)
 
 
 def generator_faults(environment: env.Environment) -> list[str]:
@@ -2608,8 +2669,9 @@ def generator_faults(environment: env.Environment) -> list[str]:
         count = len(RUN.worker_ids(runner))
         if RUN.lost:
             texts.append(f"{len(RUN.lost)} of {count} workers lost")
-        if RUN.unreported():
-            texts.append(f"{len(RUN.unreported())} of {count} workers did not report their end")
+        unreported = len(RUN.unreported - RUN.lost)
+        if unreported:
+            texts.append(f"{unreported} of {count} workers did not report their end")
     processes = totals_of_processes(environment)
     by_kind: dict[str, list[Fault]] = {}
     for totals in processes:
@@ -2646,7 +2708,8 @@ def result_line(environment: env.Environment) -> str:
     parts = [echo_figures(rows, totals)]
     tries, failures = tries_and_failures(r for r in rows.values() if r.name not in ARRIVAL_ROWS)
     lost_deliveries = sum(row.num_failures for row in rows.values() if row.name in ARRIVAL_ROWS)
-    parts.append(f"{failures + lost_deliveries:,} of {tries + lost_deliveries:,} tries failed")
+    if tries + lost_deliveries:  # else only sending was tried, which is counted already
+        parts.append(f"{failures + lost_deliveries:,} of {tries + lost_deliveries:,} tries failed")
     disconnects = sum(row.num_failures for row in rows.values() if row.name == "disconnect")
     parts.append(f"{disconnects:,} disconnects")
     if totals.in_flight:
@@ -3163,13 +3226,13 @@ def expect_reports(environment: env.Environment, **_: object) -> None:
     """Note which workers have to report their end: one that has quit before has left in order."""
     if isinstance(environment.runner, runners.MasterRunner):
         RUN.note_missing(environment.runner)
-        RUN.expected = set(environment.runner.clients)
+        RUN.unreported = set(environment.runner.clients)
 
 
 def on_worker_end(msg: Message, **_: object) -> None:
     """Take the last totals of a worker, whose users have stopped. Called on the master."""
     RUN.workers[msg.node_id] = Totals(*msg.data["totals"])
-    RUN.expected.discard(msg.node_id)
+    RUN.unreported.discard(msg.node_id)
 
 
 @events.test_stop.add_listener
@@ -3201,19 +3264,19 @@ def decide_exit_code(environment: env.Environment, **_: object) -> None:
     if runner is None or isinstance(runner, runners.WorkerRunner):
         return
     runner.stop()  # after Ctrl-C the users of one process are still there
+    gevent.sleep(0.01)  # rows that no user waits for are fired by the greenlet pool
     if has_no_echo(environment):
         logger.warning("echoes were awaited, and none came")
         environment.process_exit_code = environment.process_exit_code or 1
+    if is_headless(environment):
+        RUN.result = result_line(environment)  # with --json, Locust empties its tables in between
 
 
 @events.quit.add_listener
 def print_result(**_: object) -> None:
     """Print the result of a headless run behind Locust's tables."""
-    environment = RUN.environment
-    if environment is None or isinstance(environment.runner, runners.WorkerRunner):
-        return
-    if is_headless(environment):
-        print(result_line(environment), file=sys.stderr)
+    if RUN.result:
+        print(RUN.result, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------- the sample texts
