@@ -1,0 +1,549 @@
+"""``plugins/diagnose.py``: what a server speaks, found out by asking it."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import re
+import shlex
+import socket
+import ssl
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gevent
+import pytest
+import trustme
+from gevent.lock import BoundedSemaphore
+from gevent.pywsgi import WSGIServer
+from programs import PATH, ROOT, Program
+from servers import Handler, Server, echo, free_port, hang_up, says, silent
+
+import locustfile
+
+sys.path.insert(0, str(ROOT / "plugins"))
+
+import diagnose
+
+Start = Callable[..., Program]
+Serve = Callable[..., Server]
+Wrap = Callable[[bytes], bytes]
+
+FRAMINGS = ("line", "crlf", "raw", "nul", ">H", "<H", ">I", "<I")
+TAG = re.compile(rb"\[?[0-9a-f]{8}\.\d+\]?")
+
+
+# ------------------------------------------------------------------------------ scripted servers
+
+
+def delimiter_of(framing: str) -> bytes:
+    return {"line": b"\n", "crlf": b"\r\n", "nul": b"\0"}[framing]
+
+
+def wrapped(framing: str, payload: bytes, extra: int = 0) -> bytes:
+    """Return a message as a server with this framing sends it."""
+    if framing == "raw":
+        return payload
+    if framing[0] in "<>":
+        return struct.pack(framing, len(payload) + extra) + payload
+    return payload + delimiter_of(framing)
+
+
+def messages(connection: socket.socket, framing: str, extra: int = 0) -> Iterator[bytes]:
+    """Yield the messages that a server with this framing reads, which takes nothing else.
+
+    :param extra: what a length counts beside the message
+    """
+    rest = b""
+    while data := connection.recv(65536):
+        if framing == "raw":
+            yield data.strip()
+            continue
+        rest += data
+        if framing[0] not in "<>":
+            *complete, rest = rest.split(delimiter_of(framing))
+            yield from complete
+            continue
+        size = struct.calcsize(framing)
+        while len(rest) >= size:
+            end = struct.unpack_from(framing, rest)[0] + size - extra
+            if end > 5000 or end < size:
+                return  # closes on what it does not understand
+            if len(rest) < end:
+                break
+            yield rest[size:end]
+            rest = rest[end:]
+
+
+def shout(message: bytes) -> bytes:
+    """Answer with the tag and another text."""
+    tag = TAG.search(message)
+    return (tag[0] if tag else b"") + b" is what you said"
+
+
+def confirm(message: bytes) -> bytes:
+    """Answer the same to all."""
+    return b"OK"
+
+
+def repeat(message: bytes) -> bytes:
+    """Answer with the whole message, and more."""
+    return b"you: " + message
+
+
+class Chat:
+    """A handler: answers the sender, and tells the others.
+
+    :param answer: what the sender gets; None: nothing
+    :param tell: whether the others get the message
+    :param greeting: what is said first
+    :param pause: seconds before an answer
+    :param talk: seconds between two messages of others, who are always talking
+    :param hides_talk: from those who have not said anything
+    """
+
+    def __init__(
+        self,
+        framing: str,
+        answer: Wrap | None,
+        *,
+        tell: bool = False,
+        greeting: bytes = b"",
+        pause: float = 0.0,
+        talk: float = 0.0,
+        hides_talk: bool = False,
+        extra: int = 0,
+    ) -> None:
+        self.members: list[socket.socket] = []
+        self.counts: list[int] = []
+        self._speakers: set[socket.socket] = set()
+        self._framing = framing
+        self._answer = answer
+        self._tell = tell
+        self._greeting = greeting
+        self._pause = pause
+        self._talk = talk
+        self._hides_talk = hides_talk
+        self._extra = extra
+
+    def __call__(self, connection: socket.socket) -> None:
+        self.members.append(connection)
+        self.counts.append(0)
+        number = len(self.counts) - 1
+        chatter = gevent.spawn(self._chatter, connection) if self._talk else None
+        try:
+            connection.sendall(self._greeting)
+            for message in messages(connection, self._framing, self._extra):
+                self.counts[number] += 1
+                self._take(connection, message)
+        finally:
+            self.members.remove(connection)
+            if chatter is not None:
+                chatter.kill()
+
+    def _take(self, sender: socket.socket, message: bytes) -> None:
+        self._speakers.add(sender)
+        gevent.sleep(self._pause)
+        if self._answer is not None:
+            sender.sendall(wrapped(self._framing, self._answer(message), self._extra))
+        for member in [member for member in self.members if member is not sender]:
+            if self._tell:
+                member.sendall(wrapped(self._framing, message, self._extra))
+
+    def _chatter(self, member: socket.socket) -> None:
+        number = 0
+        while True:
+            gevent.sleep(self._talk)
+            number += 1
+            if self._hides_talk and member not in self._speakers:
+                continue
+            try:
+                member.sendall(wrapped(self._framing, b"bob: %d" % number, self._extra))
+            except OSError:
+                return
+
+
+def name_first(connection: socket.socket) -> None:
+    """Ask for a name, in two parts, and then echo with it."""
+    connection.sendall(b"Welcome!\n")
+    gevent.sleep(0.05)
+    connection.sendall(b"Your name?\n")
+    name = b""
+    for message in messages(connection, "line"):
+        if name:
+            connection.sendall(name + b": " + message + b"\n")
+        name = name or message[:3]
+
+
+def wants_crlf(connection: socket.socket) -> None:
+    """Echo what ends in both, and complain of each other read."""
+    while data := connection.recv(65536):
+        connection.sendall(data if data.endswith(b"\r\n") else b"ERR no CRLF\n")
+
+
+def wants_nul(connection: socket.socket) -> None:
+    """Say OK to what ends in NUL, and complain of each other read."""
+    while data := connection.recv(65536):
+        connection.sendall(b"OK\0" if data.endswith(b"\0") else b"?")
+
+
+def answers_twice(connection: socket.socket) -> None:
+    """Echo two lines, and no more."""
+    arriving = messages(connection, "line")
+    for line in itertools.islice(arriving, 2):
+        connection.sendall(line + b"\n")
+    for _ in arriving:
+        pass
+
+
+def complains_and_closes(connection: socket.socket) -> None:
+    """Take >I; answer anything else with an error, and close."""
+    while data := connection.recv(65536):
+        if data[:2] != b"\0\0":
+            connection.sendall(b"ERROR bad frame\n")
+            return
+        connection.sendall(data)
+
+
+def unended(connection: socket.socket) -> None:
+    """Answer lines without ending the answer."""
+    for line in messages(connection, "line"):
+        connection.sendall(line)
+
+
+def floods(connection: socket.socket) -> None:
+    """Send without an end."""
+    while True:
+        connection.sendall(b"x" * 65536)
+
+
+def http_only(connection: socket.socket) -> None:
+    """Speak HTTP without a word to what is none, as some servers do."""
+    request = b""
+    while b"\r\n\r\n" not in request:
+        data = connection.recv(65536)
+        if not data:
+            return
+        request += data
+    if request.startswith(b"GET / HTTP/"):
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+
+def capitals(message: bytes) -> bytes:
+    """Answer in capitals, the tag too."""
+    return message.upper()
+
+
+def command(framing: str, echo: str) -> str:
+    """Return the beginning of the command that has to be found."""
+    options = f"--chat-framing={shlex.quote(framing)} --chat-echo={echo}"
+    return f"python locustfile.py {options} 127.0.0.1 "
+
+
+class Case(NamedTuple):
+    """A server, and the beginning of the answer that is right for it."""
+
+    handler: Handler
+    answer: str
+
+
+CASES = {
+    # Each framing in each mode. In raw, the mode is tag, as an echo may come in two reads.
+    **{
+        f"{framing} {mode}": Case(
+            Chat(framing, answer, tell=mode == "none"),
+            command(framing, "tag" if (framing, mode) == ("raw", "full") else mode),
+        )
+        for framing in FRAMINGS
+        for mode, answer in (
+            ("full", repeat),
+            ("tag", shout),
+            ("any", confirm),
+            ("none", None),
+        )
+    },
+    # A prefix that counts itself.
+    **{
+        f"{framing} counts itself": Case(
+            Chat(framing, repeat, extra=struct.calcsize(framing)),
+            f"the length prefix ({framing}) counts itself: copy examples/game_header.py",
+        )
+        for framing in FRAMINGS[4:]
+    },
+    "sends back what it reads": Case(echo, command("line", "full")),
+    "greets": Case(Chat("line", repeat, greeting=b"Welcome!\n"), command("line", "full")),
+    "greets without a line end": Case(
+        Chat("crlf", shout, greeting=b"\xff\xfd\x01> "), command("crlf", "tag")
+    ),
+    "greets, then says OK": Case(
+        Chat("crlf", confirm, greeting=b"Welcome!\r\n"), command("crlf", "any")
+    ),
+    "greets in frames": Case(
+        Chat("<I", repeat, greeting=wrapped("<I", b"Welcome!")), command("<I", "full")
+    ),
+    "is slow": Case(Chat("nul", repeat, pause=0.5), command("nul", "full")),
+    "is slow to say OK": Case(Chat("line", confirm, pause=0.5), command("line", "any")),
+    "is slow to tell others": Case(Chat(">I", None, tell=True, pause=0.5), command(">I", "none")),
+    "others talk": Case(Chat("crlf", repeat, talk=0.05), command("crlf", "full")),
+    "others talk, tag": Case(Chat(">H", shout, talk=0.3), command(">H", "tag")),
+    "others talk, OK": Case(Chat("line", confirm, talk=0.2), command("line", "any")),
+    "others talk, none": Case(Chat("line", None, tell=True, talk=0.2), command("line", "none")),
+    "others talk, silent": Case(Chat("line", None, talk=0.2), "line: "),
+    "others talk to speakers, silent": Case(
+        Chat("line", None, talk=0.2, hides_talk=True), "line: "
+    ),
+    "others talk to speakers, OK": Case(
+        Chat("line", confirm, talk=0.2, hides_talk=True), command("line", "any")
+    ),
+    "capitals for all": Case(Chat("line", capitals), command("line", "any")),
+    "complains of line": Case(wants_crlf, command("crlf", "full")),
+    "complains of raw": Case(wants_nul, command("nul", "any")),
+    "answers only twice": Case(answers_twice, "line with --chat-echo=full works for some messages"),
+    "complains and closes": Case(complains_and_closes, command(">I", "full")),
+    "wants a name": Case(name_first, "line answers from the second text on"),
+    "does not end its answers": Case(unended, "line: came '["),
+    "silent": Case(silent, "nothing came back"),
+    "hangs up": Case(hang_up, "nothing came back: the server hung up"),
+    "says full and hangs up": Case(says(b"full\n"), "nothing came back: the server hung up"),
+    "floods": Case(floods, "nothing came back: more came than is read"),
+    "HTTP without a complaint": Case(http_only, "it is an HTTP server"),
+}
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a trusted authority (ca.pem), and certificates with their keys.
+
+    good.pem is right, other.pem for another name, unknown.pem of another authority, expired.pem of
+    that one, too.
+    """
+    folder = tmp_path_factory.mktemp("certificates")
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    trusted, unknown = trustme.CA(), trustme.CA()
+    trusted.cert_pem.write_to_path(folder / "ca.pem")
+    unknown.cert_pem.write_to_path(folder / "other-ca.pem")
+    issued = {
+        "good.pem": trusted.issue_cert("127.0.0.1"),
+        "other.pem": trusted.issue_cert("chat.example.com"),
+        "unknown.pem": unknown.issue_cert("127.0.0.1"),
+        "expired.pem": unknown.issue_cert("127.0.0.1", not_after=yesterday),
+    }
+    for name, certificate in issued.items():
+        certificate.private_key_and_cert_chain_pem.write_to_path(folder / name)
+    return folder
+
+
+def secure(handler: Handler, certificate: Path, client_authority: Path | None = None) -> Handler:
+    """Return a handler that shakes hands, and then does what the other one does."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    if client_authority is not None:
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # later, it is refused after the handshake
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(client_authority)
+
+    def handle(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as wrapped_socket:
+            handler(wrapped_socket)
+
+    return handle
+
+
+def tls_cases(folder: Path) -> dict[str, Case]:
+    """Return servers with TLS."""
+    good = folder / "good.pem"
+    unknown = folder / "unknown.pem"
+    return {
+        **{
+            f"TLS {framing}": Case(
+                secure(Chat(framing, shout), good), tls_command(framing, "tag", folder / "ca.pem")
+            )
+            for framing in FRAMINGS
+        },
+        "TLS full": Case(
+            secure(Chat("crlf", repeat, greeting=b"Welcome!\r\n"), good),
+            tls_command("crlf", "full", folder / "ca.pem"),
+        ),
+        "TLS any": Case(
+            secure(Chat("line", confirm), good), tls_command("line", "any", folder / "ca.pem")
+        ),
+        "TLS none": Case(
+            secure(Chat("<H", None, tell=True), good), tls_command("<H", "none", folder / "ca.pem")
+        ),
+        "TLS not trusted": Case(
+            secure(Chat(">I", repeat), unknown), tls_command(">I", "full", Path("ca.pem"))
+        ),
+        "TLS of another name": Case(
+            secure(echo, folder / "other.pem"), "the TLS certificate is not valid: IP address mis"
+        ),
+        "TLS not trusted and expired": Case(
+            secure(echo, folder / "expired.pem"),
+            "the TLS certificate is not valid: certificate has expired",
+        ),
+        "TLS for certain clients": Case(
+            secure(echo, good, folder / "ca.pem"),
+            "the server speaks TLS, but TLS failed: ",
+        ),
+    }
+
+
+def tls_command(framing: str, echo: str, authority: Path) -> str:
+    """Return the beginning of the command that has to be found."""
+    options = f"--chat-framing={shlex.quote(framing)} --chat-echo={echo}"
+    return f"SSL_CERT_FILE={authority} python locustfile.py {options} --host=tls://127.0.0.1:"
+
+
+class Result(NamedTuple):
+    """What was found out about a server."""
+
+    answer: str
+    code: int | None  # of the command, where the answer is one
+
+
+@pytest.fixture(scope="module")
+def cases(certificates: Path) -> dict[str, Case]:
+    """Return all servers."""
+    return CASES | tls_cases(certificates)
+
+
+@pytest.fixture(scope="module")
+def results(cases: dict[str, Case], certificates: Path) -> Iterator[dict[str, Result]]:
+    """Ask all servers at once, as that is mostly waiting, and run the commands that are found."""
+    servers = {name: Server(case.handler) for name, case in cases.items()}
+    running_commands = BoundedSemaphore(2)
+
+    def ask(address: str) -> Result:
+        answer = answer_of(address)
+        if "python locustfile.py" not in answer:
+            return Result(answer, None)
+        with running_commands:
+            return Result(answer, code_of(answer, certificates))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+        patch.setattr(diagnose, "ANSWER_SECONDS", 1.0)
+        asking = {name: gevent.spawn(ask, server.address) for name, server in servers.items()}
+        yield {name: greenlet.get() for name, greenlet in asking.items()}
+    for server in servers.values():
+        server.stop()
+
+
+def answer_of(address: str) -> str:
+    """Return the command that is found, or why none is."""
+    try:
+        return diagnose.diagnose(locustfile.parse_address(address))
+    except diagnose.NothingWorks as error:
+        return str(error)
+
+
+def code_of(line: str, certificates: Path) -> int:
+    """Run a command as a shell does, with the file that it asks for; return its exit code."""
+    line = line.replace("SSL_CERT_FILE=ca.pem", f"SSL_CERT_FILE={certificates / 'other-ca.pem'}")
+    running = Program("sh", "-c", line, PATH=PATH)
+    try:
+        return running.ends()
+    finally:
+        running.kill()
+
+
+def test_the_answer_is_right_for_each_server(
+    cases: dict[str, Case], results: dict[str, Result]
+) -> None:
+    answers = {name: result.answer for name, result in results.items()}
+    wrong = {n: answer for n, answer in answers.items() if not answer.startswith(cases[n].answer)}
+    assert not wrong
+    assert len(answers) > 60
+
+
+def test_each_command_works(cases: dict[str, Case], results: dict[str, Result]) -> None:
+    failed = {name: result for name, result in results.items() if result.code not in (0, None)}
+    assert not failed
+    expected = [name for name, case in cases.items() if "python" in case.answer]
+    assert [name for name, result in results.items() if result.code == 0] == expected
+
+
+def test_a_connection_sends_few_messages(results: dict[str, Result]) -> None:
+    """The commands send five."""
+    chats = [case.handler for case in CASES.values() if isinstance(case.handler, Chat)]
+    assert max(max(chat.counts) for chat in chats) == 5
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def diagnosis(start: Start, *arguments: str, **variables: str) -> Program:
+    """Start the command."""
+    return start(sys.executable, ROOT / "plugins" / "diagnose.py", *arguments, **variables)
+
+
+def test_the_last_line_is_the_command_where_answers_take_a_second(
+    start: Start, serve: Serve
+) -> None:
+    server = serve(Chat("line", repeat, greeting=b"Welcome!\n", pause=1.0))
+    asking = diagnosis(start, "127.0.0.1", str(server.port))
+    assert asking.ends() == 0
+    greeting, seen, confirmed, last = asking.output.splitlines()
+    assert greeting == r"greeting: 'Welcome!\n'"
+    assert seen.startswith("line: came 'you: [")
+    assert confirmed == "line with --chat-echo=full: three messages, all went well"
+    assert last == command("line", "full") + str(server.port)
+
+
+def test_a_refused_connection_is_one_line_and_code_1(start: Start) -> None:
+    asking = diagnosis(start, "127.0.0.1", str(free_port()))
+    assert asking.ends() == 1
+    assert re.fullmatch(r"no command works: .*refused\n", asking.output)
+
+
+def test_an_http_server_is_named_and_code_1(start: Start) -> None:
+    server = WSGIServer(("127.0.0.1", 0), lambda _environ, _respond: [], log=None, error_log=None)
+    server.start()
+    try:
+        asking = diagnosis(start, f"127.0.0.1:{server.server_port}")
+        assert asking.ends() == 1
+    finally:
+        server.stop()
+    assert asking.output.splitlines()[-1].startswith("no command works: it is an HTTP server")
+
+
+def test_what_came_is_escaped_and_cut(start: Start, serve: Serve) -> None:
+    def hostile(connection: socket.socket) -> None:
+        connection.sendall(b"\x1b[31mred\x07\x00\xe2\x80\xae" + b"x" * 5000)
+
+    asking = diagnosis(start, serve(hostile).address, PYTHONIOENCODING="ascii")
+    assert asking.ends() == 1
+    assert "\\x1b[31mred\\x07\\x00\\u202exxx" in asking.output
+    assert not set(asking.output) & set("\x1b\x07\x00\u202e")
+    assert max(map(len, asking.output.splitlines())) < 200
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("localhost",), ("localhost", "0"), ("::1", "1"), ("a", "1", "2"), ("--x",)]
+)
+def test_wrong_arguments_are_one_line_and_code_2(start: Start, arguments: tuple[str, ...]) -> None:
+    asking = diagnosis(start, *arguments)
+    assert asking.ends() == 2
+    assert re.fullmatch(r"diagnose.py: error: .+\n", asking.output)
+
+
+def test_tls_that_is_asked_for_and_not_spoken_is_code_1(start: Start, serve: Serve) -> None:
+    asking = diagnosis(start, f"tls://{serve(echo).address}")
+    assert asking.ends() == 1
+    assert asking.output.splitlines()[-1] == "no command works: the server does not speak TLS"
+
+
+def test_an_interrupt_ends_it_quietly(start: Start, serve: Serve) -> None:
+    asking = diagnosis(start, serve(silent).address)
+    asking.prints("greeting: none")
+    assert asking.interrupt() == 130
+    assert "Traceback" not in asking.output
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    server = diagnose.Server("::1", 12345)
+    assert server.command(">I", "tag") == (
+        "python locustfile.py --chat-framing='>I' --chat-echo=tag '[::1]' 12345"
+    )
