@@ -6,9 +6,10 @@ Users are added in steps, until the 95th percentile of the echoes in a step, or 
 failures, breaks its limit. The last step that held is measured again. The answer is the last line
 (in the web UI: under Logs): the most users, and the messages a second, that held, and what broke at
 how many users. In open loop (``--chat-rate``, or ``rate`` of the user class) it also says the
-messages a second that were due, users × rate, beside those that came back.
+messages a second that fell due, beside those that came back.
 
-List this file after that of the users.
+List this file after that of the users. It imports ``verdict.py``, which stands beside it, and
+which a worker with ``-f -`` gets with it.
 
 Options, each also in the environment, as CAPACITY_STEP and so on:
 
@@ -18,13 +19,15 @@ Options, each also in the environment, as CAPACITY_STEP and so on:
 --capacity-max-fail-ratio  largest share of failures with which a step holds (0.01)
 --capacity-max-users       upper bound of users, for a server that never breaks (1000)
 
-Exit code 0: found, or all users up to the upper bound held; 1: not even the first step held, or the
-generator ran out of processor first, or a task has raised an exception.
+Exit code 0: found, or all users up to the upper bound held; 1: not even the first step held, a task
+has raised an exception, or the answer is ``unknown``. It is unknown where the generator broke
+first: a worker was lost, a process ran out of processor, or in open loop under 95 % of the messages
+that fell due were started in time; and where the run ended early. What else the generator did
+wrong, such as standing still, stands in the line.
 
-Failures of every row break a step. They are compared with what users tried: with themselves and the
-successes of every row but ``connect`` and ``send_chat``, which only serve a message. The rows
-``delivery`` and ``received`` tell of what others sent, and are compared with themselves; the larger
-of the two shares counts.
+Fail ratio and percentile are those of ``verdict.py``: failures of every row break a step, and a
+failed echo is infinitely slow. A step breaks, too, where connections are lost or refused more often
+than the share of failures allows for so many users, and where no echo came.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from locust import LoadTestShape, env, events, runners, stats  # isort: skip
 
 import logging
 import re
-from collections import Counter
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import NamedTuple
 
@@ -43,16 +47,18 @@ from locust.argument_parser import LocustArgumentParser
 
 import locustfile
 
+try:
+    import verdict
+except ImportError:
+    sys.exit("locust: error: find_capacity.py needs verdict.py: put both into one directory")
+
 logger = logging.getLogger(__name__)
 
 SETTLING = 1.0  # seconds after the last user of a step was started: by then all have connected
-PATIENCE = 10.0  # seconds for Locust to reach a count: users that raised an exception stay missing
+SPAWN_LIMIT = 10.0  # seconds to reach a count of users: those that raised an exception stay missing
 FASTEST_START = 100  # users a second; Locust warns above it
-LOOK_INTERVAL = 0.1  # seconds between two looks at what is waited for
-SERVING_ROWS = ("connect", "send_chat")  # their successes are no tries
-ARRIVAL_ROWS = ("delivery", "received")  # they tell of what others sent
+POLL_INTERVAL = 0.1  # seconds
 COUNT = re.compile(r"[1-9]\d{0,6}", re.ASCII)
-SHARE = re.compile(r"[01]|0?\.\d{1,9}", re.ASCII)
 
 
 # --------------------------------------------------------------------------------------- options
@@ -61,25 +67,13 @@ SHARE = re.compile(r"[01]|0?\.\d{1,9}", re.ASCII)
 def parse_count(value: object) -> int:
     """Return a whole number above 0."""
     if not COUNT.fullmatch(str(value)):
-        raise locustfile.SettingError(value, "a whole number above 0")
+        raise locustfile.SettingError(value, "count", "a whole number above 0")
     return int(str(value))
 
 
 def parse_seconds(value: object) -> float:
     """Return seconds above 0."""
-    return locustfile.parse_positive(value, "seconds above 0")
-
-
-def parse_milliseconds(value: object) -> float:
-    """Return milliseconds above 0."""
-    return locustfile.parse_positive(value, "ms above 0")
-
-
-def parse_share(value: object) -> float:
-    """Return a share from 0 to 1."""
-    if not SHARE.fullmatch(str(value)):
-        raise locustfile.SettingError(value, "0 to 1")
-    return float(str(value))
+    return locustfile.parse_positive(value, "time", "seconds above 0")
 
 
 STEP = locustfile.Option(
@@ -92,12 +86,12 @@ STEP_TIME = locustfile.Option(
 )
 MAX_P95 = locustfile.Option(
     "capacity-max-p95",
-    parse_milliseconds,
+    verdict.parse_p95,
     "Largest 95th percentile of echoes, in ms, with which a step holds",
 )
 MAX_FAIL_RATIO = locustfile.Option(
     "capacity-max-fail-ratio",
-    parse_share,
+    verdict.parse_fail_ratio,
     "Largest share of failures, 0 to 1, with which a step holds",
 )
 MAX_USERS = locustfile.Option(
@@ -113,15 +107,13 @@ def add_options(parser: LocustArgumentParser) -> None:
         option.add_to(parser, default)
 
 
-class Limits(NamedTuple):
+class Plan(NamedTuple):
     """The steps to take, and with what a step holds."""
 
     step: int  # users
     step_time: float  # seconds
-    p95: float  # ms
-    fail_ratio: float
-    users: int
-    rate: float | None  # messages a second of each user in open loop
+    max_users: int
+    limits: verdict.Limits
 
     @property
     def spawn_rate(self) -> int:
@@ -130,11 +122,11 @@ class Limits(NamedTuple):
 
     def steps(self) -> Iterator[int]:
         """Yield the users of each step up to the upper bound."""
-        yield from range(self.step, self.users, self.step)
-        yield self.users
+        yield from range(self.step, self.max_users, self.step)
+        yield self.max_users
 
 
-def limits_of(environment: env.Environment) -> Limits:
+def plan_of(environment: env.Environment) -> Plan:
     """Return what the parsed options say; empty ones mean their defaults.
 
     :raises SettingError: for a wrong one, typed into the web UI
@@ -144,140 +136,64 @@ def limits_of(environment: env.Environment) -> Limits:
     def text(option: locustfile.Option) -> object:
         return options.get(option.key) or DEFAULTS[option]
 
-    return Limits(
+    return Plan(
         step=parse_count(text(STEP)),
         step_time=parse_seconds(text(STEP_TIME)),
-        p95=parse_milliseconds(text(MAX_P95)),
-        fail_ratio=parse_share(text(MAX_FAIL_RATIO)),
-        users=parse_count(text(MAX_USERS)),
-        rate=rate_of(environment),
+        max_users=parse_count(text(MAX_USERS)),
+        limits=verdict.Limits(
+            fail_ratio=verdict.parse_fail_ratio(text(MAX_FAIL_RATIO)),
+            p95=verdict.parse_p95(text(MAX_P95)),
+        ),
     )
 
 
-def rate_of(environment: env.Environment) -> float | None:
-    """Return the messages a second of each user in open loop.
-
-    None in closed loop, and where users have different rates.
-    """
-    rates = set()
-    for user_class in environment.user_classes:
-        if issubclass(user_class, locustfile.TCPChatUser):
-            rates.add(locustfile.settings_of(user_class, environment).rate)
-    if len(rates) == 1:
-        return rates.pop()
-    return None
+# ------------------------------------------------------------------------------------- snapshots
 
 
-# ------------------------------------------------------------------------------ looks at the rows
+class Timer(NamedTuple):
+    """How long a process that makes load has been running, in seconds."""
 
-
-class Clock(NamedTuple):
-    """What a process that makes load has spent, both in seconds."""
-
-    time: float  # since some moment
+    elapsed: float  # since some moment
     processor: float
 
 
-def clock() -> Clock:
-    """Return the clock of this process."""
-    return Clock(perf_counter(), process_time())
-
-
-WORKER_CLOCKS: dict[str, Clock] = {}  # of each worker, as its latest report says
+WORKER_TIMERS: dict[str, Timer] = {}  # of each worker, as its latest report says
 
 
 @events.report_to_master.add_listener
-def stamp_report(data: dict[str, object], **_: object) -> None:
+def send_timer(data: dict[str, object], **_: object) -> None:
     """Say up to when a worker's report reaches: the master knows only when it came."""
-    data["clock"] = clock()
+    data["timer"] = (perf_counter(), process_time())
 
 
 @events.worker_report.add_listener
-def keep_stamp(client_id: str, data: dict[str, tuple[float, float]], **_: object) -> None:
-    """Keep the stamp of a worker. One that was started without this file sends none."""
-    if "clock" in data:
-        time, processor = data["clock"]
-        WORKER_CLOCKS[client_id] = Clock(time, processor)
-    else:
-        WORKER_CLOCKS[client_id] = Clock(perf_counter(), 0.0)
+def keep_timer(client_id: str, data: dict[str, tuple[float, float]], **_: object) -> None:
+    """Keep the timer of a worker. One that was started without this file sends none."""
+    WORKER_TIMERS[client_id] = Timer(*data.get("timer", (perf_counter(), 0.0)))
 
 
-class Count:
-    """How many requests of some rows have succeeded and failed."""
+class Snapshot(NamedTuple):
+    """What is known of a run at one moment."""
 
-    def __init__(self) -> None:
-        self.successes = 0
-        self.failures = 0
-
-    def add(self, row: stats.StatsEntry) -> None:
-        """Count a row too."""
-        self.failures += row.num_failures
-        if row.name not in SERVING_ROWS:
-            self.successes += row.num_requests - row.num_failures
-
-    def since(self, earlier: Count) -> Count:
-        """Return how many have come after an earlier count."""
-        difference = Count()
-        difference.successes = self.successes - earlier.successes
-        difference.failures = self.failures - earlier.failures
-        return difference
-
-    @property
-    def share_of_failures(self) -> float:
-        """The share of the failures; 0 where there was nothing."""
-        if self.failures == 0:
-            return 0.0
-        return self.failures / (self.failures + self.successes)
+    timers: dict[str, Timer]  # of each process that makes load
+    figures: verdict.Figures
+    totals: locustfile.Totals
+    lost_connections: int  # requests that failed with the connection, or because there was none
 
 
-class Look:
-    """The statistics at one moment."""
-
-    def __init__(self, runner: runners.Runner) -> None:
-        self.clocks = clocks_of(runner)
-        self.echo_times: Counter[int] = Counter()  # how many echoes took so many ms
-        self.failed_echoes = 0  # they are among those times
-        self.tries = Count()
-        self.arrivals = Count()
-        self.losses = 0  # requests that failed with the connection, or because there was none
-        for row in runner.stats.entries.values():
-            self._add(row)
-        for error in runner.stats.errors.values():
-            if tells_of_lost_connection(error):
-                self.losses += error.occurrences
-
-    def _add(self, row: stats.StatsEntry) -> None:
-        if row.name in ARRIVAL_ROWS:
-            self.arrivals.add(row)
-        else:
-            self.tries.add(row)
-        if row.name == "echo_response" and row.method == "TCP":
-            self.echo_times.update(row.response_times)
-            self.failed_echoes = row.num_failures
-
-    def seconds_since(self, earlier: Look) -> list[float]:
-        """Return how much later each process has reported than at an earlier look."""
-        return [spent.time for spent in self.spent_since(earlier)]
-
-    def spent_since(self, earlier: Look) -> list[Clock]:
-        """Return what each process has spent since an earlier look."""
-        spent = []
-        for name, now in self.clocks.items():
-            before = earlier.clocks.get(name)
-            if before is not None:
-                spent.append(Clock(now.time - before.time, now.processor - before.processor))
-        return spent
-
-
-def clocks_of(runner: runners.Runner) -> dict[str, Clock]:
-    """Return the clocks of the processes that make the load: this one, or a master's workers."""
-    if not isinstance(runner, runners.MasterRunner):
-        return {"": clock()}
-    clocks = {}
-    for name, worker in runner.clients.items():
-        if worker.state != runners.STATE_MISSING and name in WORKER_CLOCKS:
-            clocks[name] = WORKER_CLOCKS[name]
-    return clocks
+def take_snapshot(environment: env.Environment) -> Snapshot:
+    """Return what is known of a run now."""
+    timers = {"": Timer(perf_counter(), process_time())}
+    if isinstance(environment.runner, runners.MasterRunner):
+        workers = environment.runner.clients
+        timers = {name: WORKER_TIMERS[name] for name in workers if name in WORKER_TIMERS}
+    errors = environment.stats.errors.values()
+    return Snapshot(
+        timers,
+        verdict.figures_of(environment),
+        locustfile.run_totals(environment),
+        sum(error.occurrences for error in errors if tells_of_lost_connection(error)),
+    )
 
 
 def tells_of_lost_connection(error: stats.StatsError) -> bool:
@@ -286,146 +202,127 @@ def tells_of_lost_connection(error: stats.StatsError) -> bool:
     return error.method == "TCP" and not text.startswith(("Echo", "Delivery"))
 
 
-def look_after(runner: runners.Runner, earlier: Look, seconds: float) -> Look:
-    """Return a look as soon as each process has reported so much later than at an earlier one."""
-    while True:
-        look = Look(runner)
-        passed = look.seconds_since(earlier)
-        if passed and min(passed) > seconds:
-            return look
-        gevent.sleep(LOOK_INTERVAL)
+def times_between(before: Snapshot, after: Snapshot) -> list[Timer]:
+    """Return how long each process has been running between two snapshots."""
+    spent = []
+    for name, end in after.timers.items():
+        start = before.timers.get(name)
+        if start is not None:
+            spent.append(Timer(end.elapsed - start.elapsed, end.processor - start.processor))
+    return spent
 
 
-# -------------------------------------------------------------------------------------- the steps
+# ----------------------------------------------------------------------------------------- steps
 
 
 class Step:
-    """What was measured with so many users, between two looks.
+    """What was measured with so many users between two snapshots.
 
-    ``fault`` says what broke, and is empty if the step held.
+    :param running: how many of the users were running at the end
     """
 
-    def __init__(self, users: int, running: int, limits: Limits, before: Look, after: Look) -> None:
+    def __init__(
+        self, plan: Plan, users: int, running: int, before: Snapshot, after: Snapshot
+    ) -> None:
         self.users = users
+        self._plan = plan
         self._running = running
-        self._limits = limits
-        spent = after.spent_since(before)
-        self.processor = max(100 * used / seconds for seconds, used in spent)  # % of a core
-        self.losses = after.losses - before.losses
-        times = after.echo_times - before.echo_times
-        self._echoes = times.total() - (after.failed_echoes - before.failed_echoes)
-        self._rate = self._echoes * len(spent) / sum(seconds for seconds, _ in spent)
-        self.p95 = stats.calculate_response_time_percentile(times, times.total(), 0.95)  # ms
-        tries = after.tries.since(before.tries)
-        arrivals = after.arrivals.since(before.arrivals)
-        self._fail_ratio = max(tries.share_of_failures, arrivals.share_of_failures)
-        self.fault = self._find_fault()
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether it was the generator that broke, not the server.
-
-        Locust's own warning looks every 10 s, and so would mix steps.
-        """
-        return self.processor > runners.CPU_WARNING_THRESHOLD
+        self._figures = after.figures.since(before.figures)
+        self._lost_connections = after.lost_connections - before.lost_connections
+        self._due = after.totals.due - before.totals.due
+        self._started_in_time = after.totals.started_in_time - before.totals.started_in_time
+        spent = times_between(before, after)
+        self._processor = max(100 * timer.processor / timer.elapsed for timer in spent)
+        self._seconds = sum(timer.elapsed for timer in spent) / len(spent)
 
     @property
     def load(self) -> str:
-        """The users, and in open loop what they were to send."""
-        if self._limits.rate is None:
-            return f"{self.users} users"
-        due = self.users * self._limits.rate
-        return f"{self.users} users × {self._limits.rate:g} = {due:g} messages a second due"
+        """The users, in open loop what was due, and what came back, as text."""
+        due = f"{self._due / self._seconds:.1f} messages a second due, " if self._due else ""
+        echoed = f"{self._figures.echoes / self._seconds:.1f} messages a second echoed"
+        return f"{self.users} users, {due}{echoed}"
 
     @property
     def figures(self) -> str:
-        """All that was measured, as text."""
-        reached = f"{self._rate:.1f} messages a second"
-        if self._limits.rate is not None:
-            reached = f"{self._rate:.1f} reached"
-        return f"{self.load}, {reached} ({self._slowness}; {self._failing})"
+        """The figures beside their limits, as text."""
+        return ", ".join(verdict.compare(self._figures, self._plan.limits))
 
     @property
-    def broken(self) -> str:
-        """At what load which limit broke, as text."""
-        if self._limits.rate is None:
-            return f"at {self.load} {self.fault}"
-        return f"at {self.load}, {self._rate:.1f} reached: {self.fault}"
+    def fault(self) -> str:
+        """What broke first, as text; empty if the step held."""
+        return self.generator_fault or self._server_fault
 
     @property
-    def _slowness(self) -> str:
-        return f"95th percentile {self.p95:.4g} ms, limit {self._limits.p95:.4g} ms"
+    def generator_fault(self) -> str:
+        """What the generator could not do, as text; empty if there was nothing."""
+        # Locust's own warning looks every 10 s, and so would mix steps.
+        if self._processor > runners.CPU_WARNING_THRESHOLD:
+            return f"the generator ran out of processor ({self._processor:.0f} % of a core)"
+        return verdict.schedule_fault(self._due, self._started_in_time)
 
     @property
-    def _failing(self) -> str:
-        limit = self._limits.fail_ratio
-        return f"failed {self._fail_ratio * 100:.3g} %, limit {limit * 100:.3g} %"
-
-    def _find_fault(self) -> str:
-        """Return the first limit that broke, as text; empty if none did."""
-        limits = self._limits
-        if self.is_exhausted:
-            return f"the generator ran out of processor ({self.processor:.0f} % of a core)"
+    def _server_fault(self) -> str:
+        limits = self._plan.limits
         if self._running < self.users:
             return f"only {self._running} were running"
-        if self._echoes == 0:
-            if self._fail_ratio == 0:
-                return "no message was echoed"
-            return f"no message was echoed ({self._failing})"
-        if self._fail_ratio > limits.fail_ratio:
-            return self._failing
+        if self._figures.echoes == 0:
+            return self.figures
         # These are few among the thousands of messages of those who could stay.
-        if self.losses > limits.fail_ratio * self.users:
-            return (
-                f"{self.losses} times a connection was lost or refused, "
-                f"limit {limits.fail_ratio:.3g} a user"
-            )
-        if self.p95 > limits.p95:
-            return self._slowness
-        return ""
+        if self._lost_connections > (limits.fail_ratio or 0) * self.users:
+            lost = f"{self._lost_connections} times a connection was lost or refused"
+            return f"{lost} (limit {limits.fail_ratio:.9g} a user)"
+        return verdict.broken_limit(self._figures, limits)
 
 
-class Measurement:
-    """Measures step after step."""
-
-    def __init__(self, runner: runners.Runner, limits: Limits) -> None:
-        self._runner = runner
-        self._limits = limits
-        # Seconds until the server has answered what the last step sent, and users who were
-        # refused have tried again.
-        self._leftover = 0.0
-
-    def of(self, users: int) -> Step:
-        """Wait for so many users, then for their statistics; return what these alone say."""
-        self._wait_for(users)
-        before, after = self._look_twice()
-        step = Step(users, self._runner.user_count, self._limits, before, after)
-        self._leftover = step.p95 / 1000
-        if step.losses:
-            self._leftover = max(self._leftover, self._limits.step_time)
-        logger.info("%s: %s", step.figures, step.fault or "held")
-        return step
-
-    def _wait_for(self, users: int) -> None:
-        # A master has no such greenlet: there Locust waits before it asks for the next step.
-        if self._runner.spawning_greenlet:
-            self._runner.spawning_greenlet.join()
-        with gevent.Timeout(PATIENCE + self._runner.environment.stop_timeout, False):
-            while self._runner.user_count != users:
-                gevent.sleep(LOOK_INTERVAL)
-
-    def _look_twice(self) -> tuple[Look, Look]:
-        """Return two looks that are a step apart, after the settling."""
-        while True:
-            gevent.sleep(SETTLING + self._leftover)
-            # Each worker has to have made a report since.
-            before = look_after(self._runner, Look(self._runner), 0)
-            after = look_after(self._runner, before, self._limits.step_time)
-            if after.echo_times >= before.echo_times:  # else the statistics were reset meanwhile
-                return before, after
+class WorkerLost(Exception):
+    """There is no worker, or one whose report never comes. The text says which."""
 
 
-# ------------------------------------------------------------------------------------- the search
+def measure(environment: env.Environment, plan: Plan, users: int, settling: float) -> Step:
+    """Wait for so many users, then for their statistics; return what these alone say.
+
+    :param settling: seconds to wait before the step begins
+    :raises WorkerLost: where that happens meanwhile
+    """
+    runner = environment.runner
+    assert runner is not None
+    wait_for_users(runner, users)
+    while True:
+        gevent.sleep(settling)
+        # Each worker has to have made a report since.
+        before = snapshot_after(environment, take_snapshot(environment), 0)
+        after = snapshot_after(environment, before, plan.step_time)
+        if after.figures.echo_times >= before.figures.echo_times:  # else they were reset meanwhile
+            step = Step(plan, users, runner.user_count, before, after)
+            logger.info("%s (%s): %s", step.load, step.figures, step.fault or "held")
+            return step
+
+
+def wait_for_users(runner: runners.Runner, users: int) -> None:
+    """Wait until so many users are running, or until the missing ones can be given up."""
+    # A master has no such greenlet: there Locust waits before it asks for the next step.
+    if runner.spawning_greenlet:
+        runner.spawning_greenlet.join()
+    with gevent.Timeout(SPAWN_LIMIT + runner.environment.stop_timeout, False):
+        while runner.user_count != users and not locustfile.lost_workers(runner.environment):
+            gevent.sleep(POLL_INTERVAL)
+
+
+def snapshot_after(environment: env.Environment, earlier: Snapshot, seconds: float) -> Snapshot:
+    """Return a snapshot as soon as each process has reported so much later than at an earlier one.
+
+    :raises WorkerLost: where that happens meanwhile
+    """
+    while not locustfile.lost_workers(environment):
+        snapshot = take_snapshot(environment)
+        spent = times_between(earlier, snapshot)
+        if spent and min(spent).elapsed > seconds:
+            return snapshot
+        gevent.sleep(POLL_INTERVAL)
+    raise WorkerLost("a worker was lost")
+
+
+# ------------------------------------------------------------------------------------ the search
 
 
 class FindCapacity(LoadTestShape):
@@ -433,7 +330,11 @@ class FindCapacity(LoadTestShape):
 
     def __init__(self) -> None:
         super().__init__()
-        self._targets: Iterator[tuple[int, float]] = iter(())
+        self._targets: Iterator[tuple[int, int]] = iter(())
+        self._held: list[Step] = []
+        self._broken: Step | None = None
+        self._went_back = False
+        self._unfinished = "no run was started"  # why there is no answer; empty if there is one
 
     def tick(self) -> tuple[int, float] | None:
         """Return users and spawn rate of the next step, once the present one has been measured.
@@ -443,95 +344,102 @@ class FindCapacity(LoadTestShape):
         if self.runner is None:
             return None
         if self.runner.state == runners.STATE_INIT:  # a new run; Locust keeps this object for all
-            self._targets = search(self.runner)
+            self._targets = self._search(self.runner)
         return next(self._targets, None)
 
+    def _search(self, runner: runners.Runner) -> Iterator[tuple[int, int]]:
+        """Yield users and spawn rate of each step; measure the step when asked for the next."""
+        self._held = []
+        self._broken = None
+        self._went_back = False
+        self._unfinished = "the run ended before a limit was found"
+        try:
+            plan = plan_of(runner.environment)
+            if isinstance(runner, runners.MasterRunner) and not runner.worker_count:
+                raise WorkerLost("no worker has connected")
+            yield from self._climb(runner.environment, plan)
+            yield from self._go_back(runner.environment, plan)
+            self._unfinished = ""
+        except (locustfile.SettingError, WorkerLost) as error:
+            self._unfinished = str(error)
+        if runner.environment.web_ui:
+            stats.console_logger.info(f"capacity: {self.answer(runner.environment)}")
 
-def search(runner: runners.Runner) -> Iterator[tuple[int, float]]:
-    """Yield users and spawn rate of each step; measure the step when asked for the next.
-
-    At the end it says the answer and sets the exit code.
-    """
-    environment = runner.environment
-    environment.process_exit_code = 1  # until a capacity is found
-    try:
-        limits = limits_of(environment)
-    except locustfile.SettingError as error:
-        say(runner, f"unknown: {error}")
-        return
-    if isinstance(runner, runners.MasterRunner) and not runner.worker_count:
-        say(runner, "unknown: no worker has connected")
-        return
-    found = Search(Measurement(runner, limits), limits)
-    yield from found.climb()
-    yield from found.go_back()
-    # An exception in a task is a mistake of the locustfile, and fails the run as ever.
-    if found.has_answer and not runner.exceptions:
-        environment.process_exit_code = 0
-    say(runner, found.answer)
-
-
-class Search:
-    """The steps that held so far, and the one that did not."""
-
-    def __init__(self, measurement: Measurement, limits: Limits) -> None:
-        self._measurement = measurement
-        self._limits = limits
-        self._held: list[Step] = []
-        self._broken: Step | None = None
-
-    def climb(self) -> Iterator[tuple[int, float]]:
+    def _climb(self, environment: env.Environment, plan: Plan) -> Iterator[tuple[int, int]]:
         """Add users until a limit breaks."""
-        for users in self._limits.steps():
-            yield users, self._limits.spawn_rate
-            step = self._measurement.of(users)
+        for users in plan.steps():
+            yield users, plan.spawn_rate
+            step = measure(environment, plan, users, SETTLING)
             if step.fault:
                 self._broken = step
                 return
             self._held.append(step)
 
-    def go_back(self) -> Iterator[tuple[int, float]]:
+    def _go_back(self, environment: env.Environment, plan: Plan) -> Iterator[tuple[int, int]]:
         """After a fault of the server, measure again what held, down to a step that still does."""
-        while self._held and self._broken and not self._broken.is_exhausted:
+        # The server has to answer what the last step sent, and who was refused tries again.
+        settling = SETTLING + plan.step_time
+        while self._held and self._broken and not self._broken.generator_fault:
+            self._went_back = True
             users = self._held.pop().users
-            yield users, self._limits.spawn_rate
-            step = self._measurement.of(users)
+            yield users, plan.spawn_rate
+            step = measure(environment, plan, users, settling)
             if not step.fault:
                 self._held.append(step)
                 return
-            if step.is_exhausted:
+            if step.generator_fault:
                 self._broken = step
 
-    @property
-    def has_answer(self) -> bool:
-        """Whether the capacity, or that the upper bound is below it, is known."""
-        return bool(self._held) and not (self._broken and self._broken.is_exhausted)
+    def is_found(self, environment: env.Environment) -> bool:
+        """Return whether the capacity, or that the upper bound is below it, is known."""
+        return bool(self._held) and not self._reasons_for_unknown(environment)
 
-    @property
-    def answer(self) -> str:
-        """What was found, as text."""
-        best = self._held[-1].figures if self._held else ""
-        broken = self._broken
-        if broken is None:
-            return f"at least {best}; no limit was reached up to the upper bound"
-        if broken.is_exhausted:
-            answer = f"unknown: {broken.broken}: use --processes, or more machines"
-            return f"{answer}; before it held {best}" if best else answer
-        if best:
-            return f"{best}; {broken.broken}"
-        if broken.users > self._limits.step:
-            return f"none: {broken.broken}, then no step held"
-        return f"none: {broken.broken}"
+    def answer(self, environment: env.Environment) -> str:
+        """Return what was found, and what the generator did wrong, as text."""
+        held = [f"{step.load} ({step.figures})" for step in self._held[-1:]]
+        reasons = self._reasons_for_unknown(environment)
+        if reasons:
+            parts = [f"unknown: {', '.join(reasons)}", *(f"before it held {text}" for text in held)]
+        elif self._broken is None:
+            parts = [f"at least {held[0]}", "no limit was reached up to the upper bound"]
+        else:
+            parts = [*(held or ["none"]), f"at {self._broken.load}: {self._broken.fault}"]
+            if self._went_back and not held:
+                parts.append("then no step held")
+        faults = locustfile.generator_faults(environment)
+        return "; ".join([*parts, *(fault for fault in faults if fault not in reasons)])
+
+    def _reasons_for_unknown(self, environment: env.Environment) -> list[str]:
+        """Return what keeps the search from an answer, as texts; none where it has one."""
+        if locustfile.lost_workers(environment):
+            return locustfile.generator_faults(environment)
+        if self._broken and self._broken.generator_fault:
+            fault = f"at {self._broken.load}: {self._broken.generator_fault}"
+            return [f"{fault}: use --processes, or more machines"]
+        return [self._unfinished] if self._unfinished else []
 
 
-def say(runner: runners.Runner, answer: str) -> None:
-    """Print the answer: without a web UI below the tables that end the run, else now."""
-    line = f"capacity: {answer}"
+@events.quitting.add_listener
+def end(environment: env.Environment, **_: object) -> None:
+    """Set the exit code, and let the answer be the last line."""
+    runner = environment.runner
+    search = environment.shape_class
+    if runner is None or not isinstance(search, FindCapacity):
+        return
+    if isinstance(runner, runners.WorkerRunner):
+        return
+    runner.stop()  # after Ctrl-C the users are still there
+    # An exception in a task is a mistake of the locustfile, and fails the run as ever.
+    code = 0 if search.is_found(environment) and not runner.exceptions else 1
+    environment.process_exit_code = environment.process_exit_code or code
+    verdict.say_after_tables(environment, f"capacity: {search.answer(environment)}")
 
-    def print_line(**_: object) -> None:
-        stats.console_logger.info(line)
 
-    if runner.environment.web_ui:
-        print_line()
-    else:
-        runner.environment.events.quit.add_listener(print_line)
+@events.init.add_listener
+def send_verdict_to_workers(environment: env.Environment, **_: object) -> None:
+    """Let workers with ``-f -`` have ``verdict.py``, too: they get the files of this list."""
+    files = environment.parsed_locustfiles or []
+    names = [Path(file).name for file in files]
+    this = Path(__file__).name
+    if this in names and "verdict.py" not in names:
+        files.insert(names.index(this), str(verdict.__file__))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
+import contextlib
 import re
 import shlex
 import socket
@@ -18,9 +19,9 @@ import pytest
 from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.event import Events
-from programs import LOCUST, ROOT, Program, WebUI, bus_options, wait_until
+from programs import LOCUST, ROOT, Program, Start, WebUI, bus_options, wait_until
 from rows import Rows
-from servers import Server, echo, free_port, lines
+from servers import Serve, echo, free_port, lines
 
 import locustfile
 
@@ -28,16 +29,17 @@ sys.path.insert(0, str(ROOT / "plugins"))
 import abnormal_clients
 from abnormal_clients import HALF, AbnormalClient
 
-Serve = Callable[..., Server]
-Start = Callable[..., Program]
 User = Callable[..., AbnormalClient]
 
 PLUGIN = ("-f", "plugins/abnormal_clients.py")
-NO_TLS = "'tls://localhost:1' will not do: write tcp://localhost:1: abnormal clients speak no TLS"
+NO_TLS = (
+    "'tls://localhost:1' is not a valid --host: "
+    "use tcp://localhost:1: abnormal clients speak no TLS"
+)
 KINDS = {
     "invalid UTF-8",
     "empty message",
-    "no delimiter in 1 MiB",
+    "no delimiter in 256 KiB",
     "short of its prefix",
     "huge prefix",
     "half, then silence",
@@ -76,6 +78,13 @@ def end(running: Program) -> int:
     code = running.stop()
     assert "Traceback" not in running.output
     return code
+
+
+def last_line(running: Program) -> str:
+    """Return the last line of a run, after Locust's tables and the line of the core."""
+    tables, _, rest = running.output.rpartition("\nchat: ")
+    assert "Response time percentiles" in tables
+    return rest.splitlines()[-1]
 
 
 def kinds_in(output: str) -> set[str]:
@@ -126,7 +135,7 @@ class WellMade:
         conditions = {
             "invalid UTF-8": data.startswith(b"\xff\xfe\xc3(") and data.endswith(b"\n"),
             "empty message": data == b"\n",
-            "no delimiter in 1 MiB": ending == "too long" and set(data) == {ord("x")},
+            "no delimiter in 256 KiB": ending == "too long" and set(data) == {ord("x")},
             "short of its prefix": data == struct.pack(">I", 200) + b"x" * 10,
             "huge prefix": data == b"\xff" * 4 + b"x" * 10,
             "half, then silence": data == b"x" * 51 and ending == "closed",
@@ -166,6 +175,10 @@ def test_a_well_made_server_sees_every_abuse_and_passes(
     running = start(*LOCUST, *documented(quick), f"--host={listening.address}")
     wait_until(lambda: server.seen >= KINDS and kinds_in(running.output) == KINDS)
     assert end(running) == 0
+    said = (
+        r"abnormal clients: the canary got (\d+) of \1 echoes; the server survived all \d+ abuses.*"
+    )
+    assert re.fullmatch(said, last_line(running))
     assert failures(running.output, ".*?") == 0
     assert "TCP      echo_response" in running.output
     assert '{"AbnormalClient": 19, "Canary": 1}' in running.output
@@ -193,6 +206,50 @@ def test_a_server_that_crashes_on_invalid_text_fails(
     assert end(running) == 1
     assert "NotAccepted('After the abuse the server accepted no connection.')" in running.output
     assert "ConnectionRefusedError(111, 'Connection refused')" in running.output
+    canary = r"the canary got \d+ of \d+ echoes.*, \d+ × connect failed.*"
+    abuse = r"the server did not survive: .* \(\d+ ×\)"
+    assert re.fullmatch(f"abnormal clients: {canary}; {abuse}", last_line(running))
+
+
+def test_abuses_that_found_no_server_are_not_blamed(start: Start) -> None:
+    options = "--headless --users=3 --spawn-rate=9 --run-time=1s --chat-wait=0.1"
+    running = start(*LOCUST, *PLUGIN, f"--host=127.0.0.1:{free_port()}", *options.split())
+    assert running.ends() == 1
+    assert re.search(
+        r"the canary got 0 of 0 echoes.*; \d+ abuses found no server$", last_line(running)
+    )
+
+
+def test_in_a_room_whose_members_get_half_a_flood_the_canary_is_not_hit(
+    start: Start, serve: Serve, quick: str
+) -> None:
+    """A room that takes the end of a connection for that of a message gives it to everybody."""
+    members: set[socket.socket] = set()
+    longest = [0]
+
+    def room(connection: socket.socket) -> None:
+        members.add(connection)
+        rest = b""
+        try:
+            while data := connection.recv(65536):
+                *complete, rest = (rest + data).split(b"\n")
+                for line in complete:
+                    tell(line)
+            tell(rest)
+        finally:
+            members.discard(connection)
+
+    def tell(line: bytes) -> None:
+        longest[0] = max(longest[0], len(line))
+        for member in list(members):
+            with contextlib.suppress(OSError):
+                member.sendall(b"guest: " + line + b"\n")
+
+    host = f"--host={serve(room).address}"
+    running = start(*LOCUST, *documented(quick), host)
+    wait_until(lambda: longest[0] > 200_000 and "TCP      echo_response" in running.output)
+    assert end(running) == 0
+    assert re.match(r"abnormal clients: the canary got (\d+) of \1 echoes; ", last_line(running))
 
 
 @pytest.mark.parametrize("is_verdict_last", [True, False])
@@ -219,14 +276,15 @@ def test_a_canary_that_got_no_echo_fails_the_run_and_says_so_once(
     host = f"--host={server.address}"
     running = start(*LOCUST, *PLUGIN, host, *options.split(), *bus_options())
     assert running.ends() == 1
-    assert running.output.count("locust: the canary failed: no echo came\n") == 1
+    (line,) = re.findall("^abnormal clients: .*", running.output, re.MULTILINE)
+    assert line.startswith("abnormal clients: the canary got 0 of 0 echoes; ")
 
 
 def test_a_run_without_an_abuser_fails_and_says_what_to_write(start: Start, serve: Serve) -> None:
     options = f"--headless --users=1 --run-time=2s --host={serve(echo).address}"
     running = start(*LOCUST, *PLUGIN, *options.split())
     assert running.ends() == 1
-    assert "locust: nobody has abused the server: write --users=2 or more" in running.output
+    assert "; nobody has abused the server: use --users=2 or more" in last_line(running)
 
 
 def test_a_worker_gets_the_plugin_from_its_master(

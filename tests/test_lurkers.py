@@ -11,21 +11,16 @@ import socket
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-from programs import LOCUST, ROOT, Program, bus_options, counts_in, latest_counts, wait_until
-from rows import Run
-from servers import Server, echo, lines
+from programs import LOCUST, ROOT, Program, Start, bus_options, counts_in, latest_counts, wait_until
+from rows import RunUsers
+from servers import Serve, echo, lines
 
 import locustfile
 
 sys.path.insert(0, str(ROOT / "plugins"))
 import lurkers
-
-Serve = Callable[..., Server]
-Start = Callable[..., Program]
-RunUsers = Callable[..., Run]
 
 
 class KimUser(locustfile.TCPChatUser):
@@ -52,6 +47,20 @@ def documented(name: str) -> list[str]:
     return shlex.split(re.sub(r"--users=\d+", "--users=10", command))[1:]
 
 
+def last_line(running: Program) -> str:
+    """Return the last line of a run, after Locust's tables and the line of the core."""
+    tables, _, rest = running.output.rpartition("\nchat: ")
+    assert "Response time percentiles" in tables
+    return rest.splitlines()[-1]
+
+
+def heard(connections: int, answered: int) -> str:
+    """Return what the last line says of so many connections."""
+    return (
+        f"lurkers: {connections} connections made, {answered} of them answered or heard something"
+    )
+
+
 def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve: Serve) -> None:
     received: list[bytes] = []
 
@@ -68,6 +77,48 @@ def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve
     assert listening.opened == 10
     assert counts_in(running.output) == {"connect": (10, 0), "received": (30, 0)}
     assert received == [b""] * 10
+    assert last_line(running) == heard(10, 10)
+
+
+def test_connections_that_the_server_never_accepts_have_heard_nothing(start: Start) -> None:
+    """The kernel completes their handshakes."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
+        host = f"--host=127.0.0.1:{server.getsockname()[1]}"
+        running = start(*LOCUST, *documented("Lurker"), host)
+        wait_until(lambda: latest_counts(running, "connect") == (10, 0))
+        assert running.stop() == 0
+    assert last_line(running) == heard(10, 0)
+
+
+QUIET_KIM = """
+import locustfile
+import lurkers
+
+class QuietKim(lurkers.Lurking, locustfile.TCPChatUser):
+    def on_connect(self):
+        self.client.send_chat("/login Kim", echo="any")
+
+    def is_refusal(self, payload):
+        return payload == b"full"
+"""
+
+
+def test_an_answer_to_a_login_is_an_answer_also_a_refusal(
+    start: Start, serve: Serve, tmp_path: Path
+) -> None:
+    answers = iter([b"welcome\n", b"full\n", b""])
+
+    def server(connection: socket.socket) -> None:
+        for _ in lines(connection):
+            connection.sendall(next(answers))
+
+    (tmp_path / "kim.py").write_text(QUIET_KIM)
+    files = ("-f", f"plugins/lurkers.py,{tmp_path / 'kim.py'}", "QuietKim")
+    users = f"--headless --users=3 --spawn-rate=9 --host={serve(server).address} --chat-wait=60"
+    running = start(*LOCUST, *files, *users.split(), "--chat-timeout=60")
+    wait_until(lambda: latest_counts(running, "login") == (2, 1))
+    assert running.stop() == 1
+    assert last_line(running) == heard(3, 2)
 
 
 def test_what_a_lurker_hears_has_a_size_and_no_time(serve: Serve, run_users: RunUsers) -> None:
@@ -157,6 +208,7 @@ def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, ser
     rows = counts_in(running.output)
     assert rows == {"connect": visits, "send_chat": visits, "echo_response": visits}
     assert messages == [1] * listening.opened
+    assert last_line(running) == heard(listening.opened, listening.opened)
 
 
 def test_a_visitor_waits_for_its_echo_in_open_loop_too(serve: Serve, run_users: RunUsers) -> None:
@@ -182,6 +234,8 @@ def test_a_worker_gets_the_plugin_from_its_master(
     assert master.stop() == 0
     assert worker.ends() == 0
     assert counts_in(master.output) == {"connect": (4, 0), "received": (4, 0)}
+    assert last_line(master) == heard(4, 4)
+    assert "lurkers: " not in worker.output
 
 
 def test_several_processes_lurk(start: Start, serve: Serve) -> None:
@@ -196,9 +250,18 @@ def test_several_processes_lurk(start: Start, serve: Serve) -> None:
     wait_until(lambda: latest_counts(running, "received") == (4, 0))
     assert listening.open == 4
     running.stop()
+    assert running.output.count("\nlurkers: ") == 1
+    assert last_line(running) == heard(4, 4)
 
 
 def test_the_plugin_lists_no_user_class_but_its_two() -> None:
     classes = inspect.getmembers(lurkers, inspect.isclass)
     concrete = [name for name, item in classes if not getattr(item, "abstract", True)]
     assert concrete == ["Lurker", "Visitor"]
+
+
+def test_requests_of_other_users_are_no_connections_of_lurkers() -> None:
+    before = lurkers.last_line()
+    lurkers.count("connect")  # fired by hand, with what Locust wants at least
+    lurkers.count("connect", context={"their": "own"})
+    assert lurkers.last_line() == before
