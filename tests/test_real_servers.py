@@ -1,8 +1,9 @@
-"""Servers that others wrote, each with the class that docs/protocols.md shows for it."""
+"""Servers that others wrote, each with its example, or with the users of the core."""
 
 from __future__ import annotations
 
 import base64
+import datetime
 import re
 import shlex
 import socket
@@ -11,19 +12,37 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from programs import Program, latest_counts, program, quiet, rows_of, wait_until
-from rows import Rows, Run
+import trustme
+from clients import Connect
+from programs import Program, Start, latest_counts, program, wait_until
+from rows import Rows, RunUsers
 from servers import free_port, lines
-from test_protocols import client_of, defined, run
+from test_examples import (
+    LOGIN_ROWS,
+    changed,
+    client_of,
+    command_with,
+    run_command,
+    stopped,
+    trusting,
+    user_of,
+    users_in,
+)
 
 import locustfile
-from locustfile import TCPChatUser, TCPSocketClient
+from locustfile import TCPChatUser
 
-Start = Callable[..., Program]
-Connect = Callable[..., TCPSocketClient]
-RunUsers = Callable[..., Run]
 StartServer = Callable[..., Program]
 
+(IrcUser,) = users_in(changed("irc"))
+(XmppUser,) = users_in(changed("xmpp"))
+DELIVERED_USER = """
+import delivery
+import xmpp
+
+class DeliveredUser(delivery.Delivery, xmpp.XmppUser):
+    pass
+"""
 ROOM = "ncat --verbose --listen --chat 127.0.0.1 PORT"
 NGIRCD_SETTINGS = (
     "[Global]",
@@ -41,9 +60,6 @@ NGIRCD_SETTINGS = (
 PROSODY_SETTINGS = (
     "run_as_root = true",
     'c2s_interfaces = { "127.0.0.1" }',
-    "c2s_require_encryption = false",
-    'modules_enabled = { "saslauth" }',
-    'modules_disabled = { "s2s", "tls" }',
     'log = { info = "*console" }',
 )
 
@@ -80,6 +96,17 @@ def start_ngircd(start: Start, folder: Path, port: int, *settings: str) -> Progr
     return server
 
 
+def make_certificate(folder: Path) -> None:
+    """Write the files of an authority, and of a certificate for this machine with its key."""
+    authority = trustme.CA()
+    expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=10)
+    # ejabberd sets a timer for the day, which cannot be far away.
+    certificate = authority.issue_cert("localhost", "127.0.0.1", not_after=expires)
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    certificate.cert_chain_pems[0].write_to_path(folder / "localhost.pem")
+    certificate.private_key_pem.write_to_path(folder / "localhost.key")
+
+
 class Account(NamedTuple):
     """Who may log in to Prosody."""
 
@@ -92,18 +119,28 @@ def start_prosody(
     folder: Path,
     port: int,
     account: Account | None = None,
-    plain: bool = True,
+    tls: bool = True,
     room_locking: bool = False,
 ) -> Program:
-    """Start an XMPP server with rooms, for one account, or else for everybody."""
+    """Start an XMPP server with rooms, for one account, or else for everybody.
+
+    Its certificate is of ``ca.pem`` in the folder. It insists on TLS, or has none.
+    """
     command = program("prosody")
     authentication = "internal_hashed" if account else "anonymous"
+    modules = ('modules_enabled = { "saslauth", "tls" }', 'modules_disabled = { "s2s" }')
+    if not tls:
+        modules = ('modules_enabled = { "saslauth" }', 'modules_disabled = { "s2s", "tls" }')
+    elif not (folder / "ca.pem").exists():
+        make_certificate(folder)
     settings = (
         *PROSODY_SETTINGS,
         f'data_path = "{folder}"',
         f'pidfile = "{folder}/prosody.pid"',
         f"c2s_ports = {{ {port} }}",
-        f"allow_unencrypted_plain_auth = {str(plain).lower()}",
+        f"c2s_require_encryption = {str(tls).lower()}",
+        f'ssl = {{ certificate = "{folder}/localhost.pem", key = "{folder}/localhost.key" }}',
+        *modules,
         f'authentication = "{authentication}"',
         'VirtualHost "localhost"',
         'Component "rooms.localhost" "muc"',
@@ -120,14 +157,55 @@ def start_prosody(
     return server
 
 
-IrcUser: type[TCPChatUser] = defined("irc.py")["IrcUser"]
-XmppUser: type[TCPChatUser] = defined("xmpp.py")["XmppUser"]
+def start_ejabberd(start: Start, folder: Path, port: int) -> Program:
+    """Start another XMPP server with rooms, for everybody, that insists on TLS."""
+    libraries = next(Path("/usr/lib").glob("*/ejabberd-*"), None)  # where Debian has them
+    if libraries is None:
+        pytest.skip("ejabberd is not installed")
+    make_certificate(folder)
+    settings = (
+        "hosts: [localhost]",
+        f"certfiles: [{folder}/localhost.pem, {folder}/localhost.key]",
+        f"ca_file: {folder}/ca.pem",
+        "auth_method: [anonymous]",
+        "anonymous_protocol: sasl_anon",
+        "allow_multiple_connections: true",
+        "listen:",
+        "  - module: ejabberd_c2s",
+        "    ip: 127.0.0.1",
+        f"    port: {port}",
+        "    starttls_required: true",
+        "modules:",
+        "  mod_muc: {host: rooms.localhost}",
+    )
+    configuration = folder / "ejabberd.yml"
+    configuration.write_text("\n".join(settings))
+    server = start(
+        program("erl"),
+        *("-noinput", "-mnesia", "dir", f'"{folder}/mnesia"', "-s", "ejabberd"),
+        ERL_LIBS=str(libraries.parent),
+        EJABBERD_CONFIG_PATH=str(configuration),
+        EJABBERD_LOG_PATH=str(folder / "ejabberd.log"),
+    )
+    server.prints("Start accepting TCP connections")
+    return server
+
+
 SERVERS: dict[str, tuple[StartServer, type[TCPChatUser]]] = {
     "ncat": (start_ncat, locustfile.ChatClient),
     "socat": (start_socat, locustfile.ChatClient),
     "ngircd": (start_ngircd, IrcUser),
     "prosody": (start_prosody, XmppUser),
 }
+# What is replaced in xmpp.py, where the server wants no TLS.
+WITHOUT_TLS = (
+    """        self.await_stanza(STARTTLS, rb"<proceed")
+        if not self.client.start_tls():
+            return  # the row ``starttls`` says why
+        self.await_stanza(STREAM, rb"<stream:features")
+""",
+    "",
+)
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -137,10 +215,11 @@ def test_a_server_that_is_killed_and_started_again_is_loaded_again(
     start_server, user_class = SERVERS[name]
     port = free_port()
     server = start_server(start, tmp_path, port)
+    user_class = trusting(user_class, tmp_path / "ca.pem")
     loaded = run_users(user_class, f"127.0.0.1:{port}", users=5, chat_wait="0.05")
     rows = loaded.rows
     wait_until(lambda: rows.counts()["echo_response"] > 20)
-    assert set(rows.counts()) <= {"connect", "login", "send_chat", "echo_response"}
+    assert set(rows.counts()) <= {*LOGIN_ROWS, "starttls"}
 
     server.kill()
     wait_until(lambda: rows.counts()["connect: ConnectionRefusedError"] > 0)
@@ -215,7 +294,7 @@ def listen_in_channel(observer: socket.socket) -> Iterator[bytes]:
 @pytest.mark.parametrize(
     "settings", [[], ["[Options]", "RequireAuthPing = yes"]], ids=["plain", "PING at the login"]
 )
-def test_the_command_of_the_document_loads_ngircd(
+def test_the_command_of_the_irc_example_loads_ngircd(
     start: Start, tmp_path: Path, settings: list[str]
 ) -> None:
     port = free_port()
@@ -223,16 +302,15 @@ def test_the_command_of_the_document_loads_ngircd(
     with socket.create_connection(("127.0.0.1", port), timeout=60) as observer:
         heard = listen_in_channel(observer)
         assert b" 366 " in next(heard)
-        running = run(start, tmp_path, "irc.py", port, users=8)
+        running = run_command(start, command_with("irc", port, users=8))
         talk = re.compile(rb":u[0-9a-f]{8}!\S+ PRIVMSG #load :.")
         for _ in range(25):
             assert talk.match(next(heard))
-    assert running.stop() == 0
-    rows = rows_of(running.output)
-    assert set(rows) == {"connect", "send_chat", "login", "echo_response"}
-    assert rows["connect"] == (8, 0)
-    assert rows["login"] == (16, 0)
-    assert quiet(running.output)
+    wait_until(lambda: latest_counts(running, "echo_response").successes > 20)
+    rows = stopped(running)
+    assert set(rows) == LOGIN_ROWS
+    assert rows["connect"].requests == 8
+    assert rows["login"].requests == 16
 
 
 def test_an_idle_irc_user_outlives_one_who_does_not_answer_the_ping_of_ngircd(
@@ -259,6 +337,10 @@ def test_a_login_without_the_password_of_ngircd_is_a_failed_row(
     client = client_of(connect, port, IrcUser)
     assert client.send_chat("hello") is None
     assert rows.counts() == {"connect": 1, "send_chat": 2, "login: ConnectionClosed": 1}
+    name_line = '        self.client.send_chat(f"NICK {name}".encode(), echo="none")'
+    password_line = '        self.client.send_chat(b"PASS secret", echo="none")'
+    knowing = user_of("irc", (name_line, f"{password_line}\n{name_line}"))
+    assert client_of(connect, port, knowing).send_chat("hello")
 
 
 def test_ngircd_takes_five_connections_of_an_address_unless_it_is_told_otherwise(
@@ -281,17 +363,52 @@ def test_a_line_over_512_bytes_ends_the_connection_to_ngircd(
     assert rows.counts()["echo_response: ConnectionClosed"] == 1
 
 
-def test_the_command_of_the_document_loads_a_room_of_prosody(start: Start, tmp_path: Path) -> None:
+def prosody_client(
+    connect: Connect, port: int, folder: Path, user_class: type[TCPChatUser] = XmppUser
+) -> locustfile.TCPSocketClient:
+    """Return a client that trusts the authority in the folder."""
+    return client_of(connect, port, trusting(user_class, folder / "ca.pem"))
+
+
+def test_the_command_of_the_xmpp_example_loads_a_room_of_prosody_that_insists_on_tls(
+    start: Start, tmp_path: Path
+) -> None:
     port = free_port()
     start_prosody(start, tmp_path, port)
-    running = run(start, tmp_path, "xmpp.py", port, users=4)
+    command = command_with("xmpp", port, users=4)
+    running = run_command(start, command, SSL_CERT_FILE=str(tmp_path / "ca.pem"))
     wait_until(lambda: latest_counts(running, "echo_response").successes > 20)
-    assert running.stop() == 0
-    rows = rows_of(running.output)
-    assert set(rows) == {"connect", "send_chat", "login", "echo_response"}
-    assert rows["connect"] == (4, 0)
-    assert rows["login"] == (20, 0)
-    assert quiet(running.output)
+    rows = stopped(running)
+    assert set(rows) == {*LOGIN_ROWS, "starttls"}
+    assert rows["connect"].requests == rows["starttls"].requests == 4
+    assert rows["login"].requests == 7 * 4
+
+
+def test_a_certificate_of_prosody_that_is_not_trusted_is_a_failed_starttls(
+    start: Start, connect: Connect, rows: Rows, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_prosody(start, tmp_path, port)
+    assert not client_of(connect, port, XmppUser).connect()
+    failed = {"starttls: SSLCertVerificationError": 1}
+    assert rows.counts() == {"connect": 1, "send_chat": 2, "login": 2, **failed}
+
+
+def test_every_message_in_a_room_of_ejabberd_is_delivered_to_everybody(
+    start: Start, tmp_path: Path
+) -> None:
+    port = free_port()
+    start_ejabberd(start, tmp_path, port)
+    (tmp_path / "xmpp_room.py").write_text(DELIVERED_USER)
+    files = f"locustfile.py,plugins/delivery.py,examples/xmpp.py,{tmp_path}/xmpp_room.py"
+    command = command_with("xmpp", port, users=5)
+    command = command.replace("-f examples/xmpp.py", f"-f {files} DeliveredUser --chat-timeout=1")
+    running = run_command(start, command, SSL_CERT_FILE=str(tmp_path / "ca.pem"))
+    wait_until(lambda: latest_counts(running, "delivery").successes > 600)
+    rows = stopped(running)
+    assert set(rows) == {*LOGIN_ROWS, "starttls", "delivery"}
+    assert "reach 100" in running.output
+    assert "0 of 5 users heard nobody" in running.output
 
 
 def test_a_text_with_every_special_character_comes_back_from_prosody_whole(
@@ -299,7 +416,7 @@ def test_a_text_with_every_special_character_comes_back_from_prosody_whole(
 ) -> None:
     port = free_port()
     start_prosody(start, tmp_path, port)
-    echo = client_of(connect, port, XmppUser).send_chat("안녕 <b> & '\" 👋")
+    echo = prosody_client(connect, port, tmp_path).send_chat("안녕 <b> & '\" 👋")
     assert "안녕 &lt;b&gt; &amp; &apos;&quot; 👋</body>" in str(echo)
 
 
@@ -308,8 +425,8 @@ def test_only_the_first_user_gets_into_a_room_that_prosody_locks(
 ) -> None:
     port = free_port()
     start_prosody(start, tmp_path, port, room_locking=True)
-    first = client_of(connect, port, XmppUser)
-    second = client_of(connect, port, XmppUser)
+    first = prosody_client(connect, port, tmp_path)
+    second = prosody_client(connect, port, tmp_path)
     assert first.connect()
     assert not second.connect()
     assert rows.counts()["login: EchoRefused"] == 1
@@ -320,20 +437,19 @@ def test_a_message_to_a_room_of_prosody_that_the_user_is_not_in_is_refused_with_
 ) -> None:
     port = free_port()
     start_prosody(start, tmp_path, port)
-    names = defined("xmpp.py")
-    client = client_of(connect, port, names["XmppUser"])
+    example = changed("xmpp")
+    client = prosody_client(connect, port, tmp_path, *users_in(example))
     assert client.connect()
-    names["ROOM"] = "another@rooms.localhost"
+    vars(example)["ROOM"] = "another@rooms.localhost"
     assert client.send_chat("hello") is None
     assert rows.counts()["echo_response: EchoRefused"] == 1
 
 
 def user_with_password(password: str) -> type[TCPChatUser]:
-    """Return the class for XMPP with the login that the document shows below it."""
+    """Return the class for XMPP with the login that its first lines show."""
     text = base64.b64encode(f"\0kim\0{password}".encode()).decode()
-    plain = ("mechanism='ANONYMOUS'/>", f"mechanism='PLAIN'>{text}</auth>")
-    user_class: type[TCPChatUser] = defined("xmpp.py", plain)["XmppUser"]
-    return user_class
+    plain = ("mechanism='ANONYMOUS'/>\"\nBIND", f"mechanism='PLAIN'>{text}</auth>\"\nBIND")
+    return user_of("xmpp", plain)
 
 
 def test_prosody_takes_a_login_with_the_right_password_alone(
@@ -341,20 +457,22 @@ def test_prosody_takes_a_login_with_the_right_password_alone(
 ) -> None:
     port = free_port()
     start_prosody(start, tmp_path, port, Account("kim", "secret"))
-    assert client_of(connect, port, user_with_password("secret")).send_chat("hello")
+    right, wrong = user_with_password("secret"), user_with_password("guess")
+    assert prosody_client(connect, port, tmp_path, right).send_chat("hello")
     rows.clear()
-    assert client_of(connect, port, user_with_password("guess")).send_chat("hello") is None
-    # What was sent is the stream and the login.
-    assert rows.counts() == {"connect": 1, "send_chat": 2, "login": 1, "login: EchoRefused": 1}
+    assert prosody_client(connect, port, tmp_path, wrong).send_chat("hello") is None
+    counts = rows.counts()
+    assert counts["login: EchoRefused"] == 1
+    assert counts["send_chat"] == 4  # the stream, STARTTLS, the stream again, the login
 
 
-def test_prosody_refuses_a_password_over_plain_tcp_unless_it_is_told_otherwise(
+def test_a_prosody_without_tls_is_loaded_without_it(
     start: Start, connect: Connect, rows: Rows, tmp_path: Path
 ) -> None:
     port = free_port()
-    start_prosody(start, tmp_path, port, Account("kim", "secret"), plain=False)
-    assert not client_of(connect, port, user_with_password("secret")).connect()
-    assert rows.counts()["login: EchoRefused"] == 1
+    start_prosody(start, tmp_path, port, tls=False)
+    assert client_of(connect, port, user_of("xmpp", WITHOUT_TLS)).send_chat("hello")
+    assert rows.counts()["starttls"] == 0
 
 
 def test_prosody_refuses_an_anonymous_login_where_it_wants_an_account(
@@ -362,5 +480,5 @@ def test_prosody_refuses_an_anonymous_login_where_it_wants_an_account(
 ) -> None:
     port = free_port()
     start_prosody(start, tmp_path, port, Account("kim", "secret"))
-    assert not client_of(connect, port, XmppUser).connect()
+    assert not prosody_client(connect, port, tmp_path).connect()
     assert rows.counts()["login: EchoRefused"] == 1
