@@ -2711,8 +2711,10 @@ def result_line(environment: env.Environment) -> str:
     if tries + lost_deliveries:  # else only sending was tried, which is counted already
         parts.append(f"{failures + lost_deliveries:,} of {tries + lost_deliveries:,} tries failed")
     disconnects = sum(row.num_failures for row in rows.values() if row.name == "disconnect")
-    parts.append(f"{disconnects:,} disconnects")
-    if totals.in_flight:
+    parts.append(f"{disconnects:,} disconnects" if disconnects != 1 else "1 disconnect")
+    if totals.in_flight == 1:
+        parts.append("1 echo still awaited at the end")
+    elif totals.in_flight:
         parts.append(f"{totals.in_flight:,} echoes still awaited at the end")
     parts += generator_faults(environment)
     return "chat: " + "; ".join(parts)
@@ -2721,6 +2723,9 @@ def result_line(environment: env.Environment) -> str:
 def echo_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) -> str:
     """Return count, rate and round trips, those of Locust's row ``echo_response``."""
     if totals.awaited + totals.in_flight == 0:
+        connected = rows.get(("connect", "TCP"))
+        if connected is None or connected.num_requests == connected.num_failures:
+            return "nobody connected"
         sent = rows.get(("send_chat", "TCP"))
         count, rate = (sent.num_requests, sent.total_rps) if sent else (0, 0.0)
         return f"no echo was awaited; {count:,} messages sent, {rate:,.1f} a second"

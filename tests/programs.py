@@ -161,7 +161,7 @@ class Program:
         """
         while self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            self._reader.join(30)
+            self._reader.join(29)  # no multiple of the 2 s between two tables
         return self.ends()
 
     def kill(self) -> None:

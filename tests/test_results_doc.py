@@ -1,29 +1,33 @@
-"""``docs/results.md``: its commands run, its pictures are there, its server is ill."""
+"""``docs/results.md`` and ``docs/opentelemetry.md``: what they show is what there is.
+
+Their commands run, their pictures are there, the server of the pictures is ill, and the last line
+and the warnings have these words.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import Connect
 from gevent.pywsgi import WSGIServer
-from programs import LOCUST, PATH, ROOT, Program, latest_counts, quiet, rows_of, wait_until
+from programs import LOCUST, PATH, ROOT, Program, Start, latest_counts, rows_of, wait_until
 from rows import Rows
-from servers import Server, echo, free_port, lines
+from servers import Serve, echo, free_port, lines
 
-from locustfile import TCPSocketClient
-
-TEXT = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+TEXT = (DOCS / "results.md").read_text(encoding="utf-8")
+EXPORT = (DOCS / "opentelemetry.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [block.strip() for block in BLOCKS if "--html" in block]
-Start = Callable[..., Program]
-Serve = Callable[..., Server]
-Connect = Callable[..., TCPSocketClient]
 
 
 def with_twenty_users(command: str, port: int) -> str:
@@ -37,19 +41,30 @@ def with_twenty_users(command: str, port: int) -> str:
     return command.replace("12345", str(port))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_document_runs_without_a_failure(
-    start: Start, serve: Serve, tmp_path: Path, command: str
+def has_twenty_users(running: Program) -> bool:
+    """Return whether all users of a run have connected, and an echo has come."""
+    is_echoed = latest_counts(running, "echo_response").successes > 0
+    return is_echoed and latest_counts(running, "connect").requests == 20
+
+
+def test_the_commands_of_the_document_run_without_a_failure(
+    start: Start, serve: Serve, tmp_path: Path
 ) -> None:
-    server = serve(echo)
-    arguments = with_twenty_users(command, server.port)
-    arguments = arguments.replace("-f locustfile.py", f"-f {ROOT / 'locustfile.py'}")
-    running = start(*LOCUST, *arguments.split()[1:], cwd=tmp_path)
-    wait_until(lambda: latest_counts(running, "connect").requests == 20)
-    assert quiet(running.output)  # with --run-time, gevent may print what Ctrl-C raises
-    assert running.interrupt() == 0  # after SIGTERM, Locust writes no report
-    assert rows_of(running.output)["connect"] == (20, 0)
-    assert (tmp_path / "report.html").stat().st_size > 10_000
+    port = serve(echo).port
+    runs = {}
+    for number, command in enumerate(COMMANDS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        arguments = with_twenty_users(command, port)
+        arguments = arguments.replace("-f locustfile.py", f"-f {ROOT / 'locustfile.py'}")
+        runs[folder] = start(*LOCUST, *arguments.split()[1:], cwd=folder)
+    assert len(runs) == 6
+    for folder, running in runs.items():
+        wait_until(partial(has_twenty_users, running))
+        assert not re.search("Traceback|ERROR", running.output)  # gevent may print Ctrl-C as one
+        assert running.interrupt() == 0  # after SIGTERM, Locust writes no report
+        assert rows_of(running.output)["connect"] == (20, 0)
+        assert (folder / "report.html").stat().st_size > 10_000
 
 
 def block_with(text: str) -> str:
@@ -59,8 +74,18 @@ def block_with(text: str) -> str:
 
 
 def test_no_block_of_commands_is_without_a_test() -> None:
-    apart = [block_with("plugins/delivery.py"), block_with("--otel")]
-    assert len(COMMANDS) + len(apart) == len(BLOCKS)
+    assert [*COMMANDS, block_with("plugins/delivery.py").strip()] == [b.strip() for b in BLOCKS]
+
+
+def form_of(line: str) -> list[str]:
+    """Return the parts of a last line, without their figures."""
+    return re.sub(r"\d[\d,]*(\.\d+)?", "X", line).split("; ")
+
+
+def shown_line(word: str) -> str:
+    """Return the last line of the core or of a plugin that the document shows."""
+    (line,) = re.findall(rf"^    ({word}: .*)$", TEXT, re.MULTILINE)
+    return str(line)
 
 
 def test_a_room_that_loses_messages_shows_it_by_the_row_and_the_last_line(start: Start) -> None:
@@ -75,10 +100,32 @@ def test_a_room_that_loses_messages_shows_it_by_the_row_and_the_last_line(start:
     assert rows["echo_response"][1] == 0
     requests, failures = rows["delivery"]
     assert 0 < failures < requests
-    (shown,) = re.findall(r"^    (delivery: .*)$", TEXT, re.MULTILINE)
-    form = re.sub(r"[\d,.]+(?= )", "X", shown)
-    said = re.findall(r"delivery: \d.*", running.output)
-    assert [re.sub(r"[\d,.]+(?= )", "X", line) for line in said] == [form]
+    chat, delivery = re.findall(r"^(?:chat|delivery): \d.*", running.output, re.MULTILINE)
+    assert form_of(delivery) == form_of(shown_line("delivery"))
+    # Behind these, it may say that the generator was busy.
+    assert form_of(chat)[:4] == form_of(shown_line("chat"))[:4]
+
+
+def texts_in(*names: str) -> list[str]:
+    """Return the texts in files of the project, formatted ones in their pieces."""
+    texts: list[str] = []
+    for name in names:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_the_warnings_and_the_parts_of_the_last_line_are_those_of_the_file() -> None:
+    texts = texts_in("locustfile.py")
+    table = TEXT.partition("| warning |")[2].partition("\n\n")[0]
+    warnings = re.findall(r"^\| `([^`]*)`(?! \(Locust\))", table, re.MULTILINE)
+    assert len(warnings) == 6
+    last_part = form_of(shown_line("chat"))[4].removeprefix("X")
+    for shown in [*warnings, last_part]:
+        pieces = re.split(r"is_refusal|[\d.]+%?", shown)
+        assert all(any(piece in text for text in texts) for piece in pieces)
 
 
 class Collector:
@@ -133,7 +180,8 @@ def test_the_rows_are_exported_to_opentelemetry_as_they_are(start: Start, serve:
     collector = Collector()
     try:
         server = serve(cut_lines)
-        block = with_twenty_users(block_with("--otel"), server.port)
+        (block,) = re.findall(r"^```sh\n(.*?)^```", EXPORT, re.MULTILINE | re.DOTALL)
+        block = with_twenty_users(block, server.port)
         install, *export, command = block.replace("4318", str(collector.port)).splitlines()
         assert install == "pip install 'locust[otel]'"
         shell = ("bash", "-euo", "pipefail", "-c", "\n".join([*export, f"exec {command}"]))
@@ -150,32 +198,30 @@ def test_the_rows_are_exported_to_opentelemetry_as_they_are(start: Start, serve:
 def test_every_picture_is_used_and_every_picture_used_is_there() -> None:
     guide = (ROOT / "README.md").read_text(encoding="utf-8")
     used = set(re.findall(r"images/([\w-]+\.png)", TEXT + guide))
-    assert used == {path.name for path in (ROOT / "docs" / "images").iterdir()}
-    assert all(
-        path.read_bytes().startswith(b"\x89PNG") for path in (ROOT / "docs" / "images").iterdir()
-    )
+    assert used == {path.name for path in (DOCS / "images").iterdir()}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (DOCS / "images").iterdir())
 
 
 def test_the_options_and_illnesses_of_the_document_exist() -> None:
     from locust.argument_parser import get_parser
 
     options = set(get_parser(default_config_files=[])._option_string_actions)
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) <= options
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT + EXPORT)) <= options
     done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "sick_server.py", "--help"], capture_output=True, text=True
+        [sys.executable, DOCS / "sick_server.py", "--help"], capture_output=True, text=True
     )
     modes = set(re.findall(r"^  (\w+) ", done.stdout, re.MULTILINE))
     assert set(re.findall(r"sick_server\.py (\w+)", TEXT)) <= modes
 
 
 def test_the_script_of_the_pictures_makes_all_of_them() -> None:
-    script = ROOT / "docs" / "take_pictures.py"
+    script = DOCS / "take_pictures.py"
     done = subprocess.run(
         [sys.executable, script, "nothing"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     runs = set(re.findall(r"\w+", done.stderr.rpartition("write some of ")[2]))
-    assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == runs | {
+    assert {path.stem for path in (DOCS / "images").iterdir()} == runs | {
         "web-ui",
         "report",
         "form",
@@ -185,7 +231,7 @@ def test_the_script_of_the_pictures_makes_all_of_them() -> None:
 def sick(start: Start, *arguments: str) -> int:
     """Start the sick server; return its port."""
     port = free_port()
-    start(sys.executable, ROOT / "docs" / "sick_server.py", *arguments, f"--port={port}").prints(
+    start(sys.executable, DOCS / "sick_server.py", *arguments, f"--port={port}").prints(
         "Ctrl-C ends it"
     )
     return port

@@ -1,15 +1,14 @@
-"""The English and the Korean guide say the same, and their links lead somewhere."""
+"""The English and the Korean documents say the same, and their links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from programs import ROOT
 
-GUIDES = {"English": ROOT / "README.md", "한국어": ROOT / "docs" / "README.ko.md"}
-TEXTS = {language: path.read_text(encoding="utf-8") for language, path in GUIDES.items()}
 DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -17,28 +16,54 @@ DOCUMENTS = [
 ]
 
 
+class Pair(NamedTuple):
+    """A document in English, and its translation."""
+
+    english: Path
+    korean: Path
+
+    def texts(self) -> tuple[str, str]:
+        """Return what is in both."""
+        return self.english.read_text(encoding="utf-8"), self.korean.read_text(encoding="utf-8")
+
+
+PAIRS = [
+    Pair(ROOT / "README.md", ROOT / "docs" / "README.ko.md"),
+    Pair(ROOT / "docs" / "troubleshooting.md", ROOT / "docs" / "troubleshooting.ko.md"),
+]
+each_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.english.name)
+
+
 def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def same(pattern: str, flags: re.RegexFlag = re.MULTILINE) -> None:
-    """Fail unless both guides have the same matches of a pattern, in order, and at least one."""
-    english, korean = (re.findall(pattern, text, flags) for text in TEXTS.values())
+def same(pair: Pair, pattern: str, flags: re.RegexFlag = re.MULTILINE) -> None:
+    """Fail unless both have the same matches of a pattern, in order, and at least one."""
+    english, korean = (re.findall(pattern, text, flags) for text in pair.texts())
     assert english == korean and english
 
 
-def test_the_headings_are_on_the_same_levels() -> None:
+def test_each_translation_has_an_original() -> None:
+    translations = (ROOT / "docs").glob("*.ko.md")
+    assert sorted(pair.korean for pair in PAIRS) == sorted(translations)
+
+
+@each_pair
+def test_the_headings_are_on_the_same_levels(pair: Pair) -> None:
     english, korean = (
-        re.findall(r"^(#+) ", without_code(text), re.MULTILINE) for text in TEXTS.values()
+        re.findall(r"^(#+) ", without_code(text), re.MULTILINE) for text in pair.texts()
     )
     assert english == korean and len(english) > 10
 
 
-def test_the_code_blocks_are_the_same() -> None:
-    same(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+@each_pair
+def test_the_code_blocks_are_the_same(pair: Pair) -> None:
+    same(pair, r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
-def test_the_tables_have_the_same_rows_and_the_same_code_in_them() -> None:
+@each_pair
+def test_the_tables_have_the_same_rows_and_the_same_code_in_them(pair: Pair) -> None:
     def rows(text: str) -> list[tuple[int, list[str]]]:
         lines = re.findall(r"^\|.*\|$", without_code(text), re.MULTILINE)
         return [
@@ -46,17 +71,50 @@ def test_the_tables_have_the_same_rows_and_the_same_code_in_them() -> None:
             for line in lines
         ]
 
-    english, korean = (rows(text) for text in TEXTS.values())
+    english, korean = (rows(text) for text in pair.texts())
     assert english == korean and len(english) > 50
 
 
+@each_pair
+def test_the_text_of_each_section_names_the_same_code(pair: Pair) -> None:
+    def names(text: str) -> list[set[str]]:
+        prose = re.sub(r"^\|.*\|$", "", without_code(text), flags=re.MULTILINE)
+        sections = re.split(r"^#+ .*$", prose, flags=re.MULTILINE)
+        return [set(re.findall(r"`([^`]+)`", " ".join(section.split()))) for section in sections]
+
+    english, korean = (names(text) for text in pair.texts())
+    assert english == korean and any(english)
+
+
+@each_pair
+def test_the_numbers_are_the_same(pair: Pair) -> None:
+    """What is a word in English (two, half) may be a number in Korean, and is not looked at."""
+
+    def numbers(text: str) -> set[str]:
+        return set(re.findall(r"\d[\d.,]*\d{2}", without_code(text)))
+
+    english, korean = (numbers(text) for text in pair.texts())
+    assert english == korean and english
+
+
 def test_the_pictures_are_the_same() -> None:
-    same(r"!\[[^\]]+\]\((?:docs/)?(images/[^)]+)\)")
+    same(PAIRS[0], r"!\[[^\]]+\]\((?:docs/)?(images/[^)]+)\)")
 
 
-def test_each_links_to_the_other_in_its_first_lines() -> None:
-    assert "](docs/README.ko.md)" in "".join(TEXTS["English"].splitlines()[:3])
-    assert "](../README.md)" in "".join(TEXTS["한국어"].splitlines()[:3])
+@each_pair
+def test_each_links_to_the_other_in_its_first_lines(pair: Pair) -> None:
+    for path, other in (pair, reversed(pair)):
+        (target,) = re.findall(r"\]\((.*)\)", path.read_text(encoding="utf-8").splitlines()[2])
+        assert (path.parent / target).resolve() == other
+
+
+@each_pair
+def test_a_korean_document_leads_to_korean_ones_where_there_are_any(pair: Pair) -> None:
+    *_, text = pair.korean.read_text(encoding="utf-8").split("\n\n", 2)  # behind the first lines
+    targets = re.findall(r"\]\(([^)#]+)", text)
+    assert len(targets) > 3
+    translated = {each.english for each in PAIRS}
+    assert not [name for name in targets if (pair.korean.parent / name).resolve() in translated]
 
 
 def slug(heading: str) -> str:
