@@ -5,7 +5,8 @@
  * It sends every byte back, at once, unless told otherwise:
  *
  *     delay=MS   what was read is sent back exactly MS milliseconds later
- *     room=1     what was read goes to all other connections too; each read is taken for whole lines
+ *     room=1     what was read goes to all other connections first, so that everybody's echo takes as long; each read is
+ *                taken for whole lines
  *     drop=N     a connection is closed after N lines
  *     stall=MS   nothing is done for the first MS milliseconds of every 2 x MS
  *     port=N     where to listen, instead of on a free port; several servers may share one
@@ -171,14 +172,14 @@ static void on_readable(int file) {
         hang_up(file);
         return;
     }
-    if (delay)
-        answer_later(file, bytes, length);
-    else
-        deliver(file, bytes, length);
     if (room)
         for (int other = 0; other <= highest; other++)
             if (connections[other] && other != file)
                 deliver(other, bytes, length);
+    if (delay)
+        answer_later(file, bytes, length);
+    else
+        deliver(file, bytes, length);
     count_lines(connections[file], bytes, length);
     if (drop && connections[file]->lines >= drop)
         hang_up(file);

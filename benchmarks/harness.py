@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -29,10 +29,15 @@ ROOT = FOLDER.parent
 START_LIMIT = 180  # seconds until all users have sent a message; more is a failure
 END_LIMIT = 60  # seconds to end after SIGTERM
 MOST_FILES = 100_000  # that any process needs
+SHARES = (0, 50, 75, 95, 99, 100)  # percentiles that are looked at: minimum to maximum
 
 
 class BenchmarkError(Exception):
     """A measurement is not valid. The text says why."""
+
+
+class Skipped(Exception):
+    """A measurement cannot be made here. The text says why."""
 
 
 class Bench:
@@ -46,6 +51,7 @@ class Bench:
         self.quick = quick
         self.writes = writes
         self.most_files = raise_file_limit()
+        self.prefix: list[str] = []  # what all that is started is started by: nsenter, say
         self._temporary = tempfile.TemporaryDirectory(prefix="benchmarks-")
         self._files = 0
         self._processes: list[subprocess.Popen[str]] = []
@@ -87,7 +93,7 @@ class Bench:
         :param variables: of the environment, besides the ones that there are
         """
         process = subprocess.Popen(
-            command,
+            [*self.prefix, *command],
             stdin=stdin,
             stdout=stdout,
             stderr=None if stdout == subprocess.PIPE else subprocess.STDOUT,
@@ -101,6 +107,7 @@ class Bench:
 
     def end_all(self) -> None:
         """Kill everything that was started and still runs."""
+        self.prefix = []
         while self._processes:
             kill(self._processes.pop())
 
@@ -126,6 +133,22 @@ def kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def percentiles_of(values: Sequence[float]) -> dict[int, float]:
+    """Return the percentiles of some values, of which there is at least one."""
+    ordered = sorted(values)
+    return {share: ordered[(len(ordered) - 1) * share // 100] for share in SHARES}
+
+
+def each(things: Iterable[object], name: str) -> list[float]:
+    """Return an attribute of each of some things."""
+    return [getattr(thing, name) for thing in things]
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return how many times as much each value is as its neighbour among the others."""
+    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 class Server:
@@ -177,6 +200,21 @@ class Look(NamedTuple):
         return (self.user + self.system) / self.lines * 1e6
 
     @property
+    def busy(self) -> float:
+        """What the generator used, of one processor."""
+        return (self.user + self.system) / self.seconds
+
+    @property
+    def server_busy(self) -> float:
+        """What the server used, of one processor."""
+        return self.server / self.seconds
+
+    @property
+    def kernel_cost(self) -> float:
+        """Processor microseconds of the generator in the kernel, for each message."""
+        return self.system / self.lines * 1e6
+
+    @property
     def others(self) -> float:
         """What other processes used, of one processor, where only this generator ran."""
         return (self.machine - self.user - self.system - self.server) / self.seconds
@@ -214,18 +252,20 @@ class Generator:
         return sum(server.counters()[name] for server in self.servers)
 
     def wait_until_steady(self) -> None:
-        """Return when all users are connected and as many messages were sent, and a bit later."""
+        """Return when all users have connected and as many messages were sent, and a bit later."""
         limit = time.monotonic() + START_LIMIT
-        while min(self.counted("open"), self.counted("lines")) < self.users:
+        while min(self.counted("accepted"), self.counted("lines")) < self.users:
             if self.process.poll() is not None or time.monotonic() > limit:
-                raise self.error(f"only {self.counted('open')} of {self.users} users were there")
+                came = self.counted("accepted")
+                raise self.error(f"only {came:.0f} of {self.users} users have connected")
             time.sleep(0.1)
         time.sleep(0.5)
 
     def look(self) -> Look:
         """Return what was counted until now."""
         own = [process.cpu_times() for process in self.processes()]
-        serving = [psutil.Process(server.process.pid).cpu_times() for server in self.servers]
+        servers = [psutil.Process(server.process.pid) for server in self.servers]
+        serving = [process.cpu_times() for process in servers]
         machine = psutil.cpu_times()
         return Look(
             seconds=time.perf_counter(),
@@ -265,10 +305,10 @@ class Generator:
 
     def percentiles(self) -> dict[int, float]:
         """Return percentiles of the round trips that it reports, in ms, after its end."""
-        trips = sorted(self.round_trips())
+        trips = self.round_trips()
         if not trips:
             raise self.error("it has reported no round trips")
-        return {share: trips[(len(trips) - 1) * share // 100] for share in (0, 50, 75, 99)}
+        return percentiles_of(trips)
 
     def round_trips(self) -> Sequence[float]:
         """Return all of these round trips."""
@@ -318,7 +358,11 @@ class Locust(Generator):
 
     def finish_clean(self) -> None:
         """End it; raise BenchmarkError if a request failed."""
-        for name, entry in self.finish_statistics().items():
+        self.check_clean(self.finish_statistics())
+
+    def check_clean(self, statistics: Mapping[str, Mapping[str, float]]) -> None:
+        """Raise BenchmarkError if a request failed."""
+        for name, entry in statistics.items():
             if entry["num_failures"]:
                 raise self.error(f"{entry['num_failures']} requests {name} failed")
 

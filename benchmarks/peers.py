@@ -11,7 +11,9 @@ import psutil
 from harness import Bench, Generator, Server, free_port, kill
 from texts import mixed_lines
 
+TSUNG, TCPKALI = "Tsung", "tcpkali"
 LIMIT = 300  # seconds after which they end even if nobody ends them
+SHARES_PRINTED = (50, 75, 95, 99)  # percentiles
 CONFIGURATION = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE tsung SYSTEM "/usr/share/tsung/tsung-1.0.dtd">
 <tsung loglevel="error" backend="{backend}">
@@ -41,9 +43,9 @@ def installed_peers() -> list[str]:
     """Return the names of those that this machine has."""
     peers = []
     if all(map(shutil.which, ("tsung", "erl", "epmd"))):
-        peers.append("Tsung")
+        peers.append(TSUNG)
     if shutil.which("tcpkali"):
-        peers.append("tcpkali")
+        peers.append(TCPKALI)
     return peers
 
 
@@ -54,17 +56,20 @@ class Tsung(Generator):
     behind. The Erlang machine is told not to wait busily, which would count as processor time of
     the messages.
 
-    :param pause: mean seconds between an answer and the next message; then it keeps round trips
+    :param pause: mean seconds between an answer and the next message
+    :param keeps_trips: whether it writes every round trip to its log
     """
 
-    def __init__(self, bench: Bench, users: int, server: Server, pause: float = 0) -> None:
+    def __init__(
+        self, bench: Bench, users: int, server: Server, pause: float, *, keeps_trips: bool
+    ) -> None:
         port = free_port()
         self._mapper = bench.start(["epmd", "-port", port], {})
         self._folder = bench.new_path()
         self._folder.mkdir()
         configuration = self._folder / "tsung.xml"
         text = CONFIGURATION.format(
-            backend="fullstats" if pause else "text",
+            backend="fullstats" if keeps_trips else "text",
             port=server.port,
             users=users,
             seconds=LIMIT,
@@ -111,25 +116,35 @@ class Tcpkali(Generator):
     """tcpkali under way: it sends one and the same line, and does not wait for echoes.
 
     :param rate: messages a second of each user; 0 for as many as possible
-    :param seconds: how long it runs, once all users are there
+    :param seconds: how long it runs and measures round trips, once all users are there; 0 for as
+        long as nobody ends it, and without them
     """
 
     def __init__(
-        self, bench: Bench, users: int, server: Server, rate: float = 0, seconds: float = LIMIT
+        self, bench: Bench, users: int, server: Server, rate: float, seconds: float
     ) -> None:
         lengths = [len(line) for line in mixed_lines()]
         text = "x" * (sum(lengths) // len(lengths) - 1) + r"\n"
         command = ["tcpkali", "--connections", str(users), "--connect-rate", "1000"]
-        command += ["--duration", f"{seconds:.0f}s", "--nagle=off", "-e", "--message", text]
+        command += [
+            "--duration",
+            f"{seconds or LIMIT:.0f}s",
+            "--nagle=off",
+            "-e",
+            "--message",
+            text,
+        ]
         if rate:
-            command += ["--message-rate", f"{rate:g}", "--latency-marker", r"\n"]
-            command += ["--latency-percentiles", "50,75,99"]
-        self._is_paced = rate > 0
+            command += ["--message-rate", f"{rate:g}"]
+        if seconds:
+            command += ["--latency-marker", r"\n"]
+            command += ["--latency-percentiles", ",".join(map(str, SHARES_PRINTED))]
+        self._ends_by_itself = seconds > 0
         super().__init__(bench, users, [server], [*command, server.host], {})
 
     def finish_clean(self) -> None:
-        """End it. Where it has a rate it ends by itself, and prints its percentiles then."""
-        if self._is_paced:
+        """End it. Where it measures round trips it ends by itself, and prints them then."""
+        if self._ends_by_itself:
             self.wait()
         else:
             kill(self.process)
@@ -140,4 +155,4 @@ class Tcpkali(Generator):
         if found is None:
             raise self.error("it printed no percentiles")
         values = map(float, found[1].split("/"))
-        return dict(zip((50, 75, 99), values, strict=True))
+        return dict(zip(SHARES_PRINTED, values, strict=True))

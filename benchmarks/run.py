@@ -1,7 +1,7 @@
 """Measure locustfile.py beside other load generators.
 
     python benchmarks/run.py                            everything, into RESULTS.md, in about
-                                                        half an hour
+                                                        45 minutes
     python benchmarks/run.py --quick                    a trial, whose figures mean nothing
     python benchmarks/run.py --only delivery            printed only
     python benchmarks/run.py --only delivery --write    its rows of RESULTS.md, made anew
@@ -19,7 +19,7 @@ import sys
 import traceback
 
 from comparisons import COMPARISONS
-from harness import Bench
+from harness import Bench, Skipped
 from table import line, table, write
 
 
@@ -53,6 +53,8 @@ def main() -> None:
             print(f"{name} …", file=sys.stderr)
             try:
                 lines[name] = measure(bench, name)
+            except Skipped as reason:
+                print(f"{name} skipped: {reason}", file=sys.stderr)
             except Exception:  # whatever it is, the other comparisons can still be made
                 traceback.print_exc()
                 failed.append(name)

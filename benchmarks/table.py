@@ -20,12 +20,29 @@ INTRODUCTION = """\
 # Results
 
 Written by `benchmarks/run.py`; [README.md](README.md) says how each figure is measured. A figure is
-a median. Its spread is where the middle half of the measurements lies, or all of them where they
-are fewer than five. µs are of processor time. The time is UTC, the load that of the minute before.
-Measured on {conditions}.
+a median. Its spread, which stands in brackets in the column "beside", is where the middle half of
+the measurements lies, or all of them where they are fewer than five. µs are of processor time. The
+time is UTC, the load that of the minute before. Measured on {conditions}.
 
 """
 PICTURE = "\n![How cost grows with the users](growth.png)\n"
+
+
+def limits_of(values: Sequence[float]) -> tuple[float, float]:
+    """Return where the middle half of the values lies, or all of them where they are few."""
+    if len(values) < 5:
+        return min(values), max(values)
+    low, _, high = quantiles(values, n=4)
+    return low, high
+
+
+def figure_of(values: Sequence[float], form: str) -> str:
+    """Return the median of some values with their spread, for the column "beside"."""
+    figure = form.format(median(values))
+    if len(values) == 1:
+        return figure
+    low, high = (form.format(value) for value in limits_of(values))
+    return f"{figure} ({low} to {high})"
 
 
 class Row(NamedTuple):
@@ -64,13 +81,11 @@ class Row(NamedTuple):
 
     @property
     def spread(self) -> str:
-        """Where the middle half of the values lies, or all of them where they are few."""
+        """Where the values lie, and how many there are."""
         if len(self.values) == 1:
             return "1"
-        low, high = min(self.values), max(self.values)
-        if len(self.values) > 4:
-            low, _, high = quantiles(self.values, n=4)
-        return f"{self.form.format(low)} to {self.form.format(high)}, {len(self.values)}"
+        low, high = (self.form.format(value) for value in limits_of(self.values))
+        return f"{low} to {high}, {len(self.values)}"
 
     def cells(self) -> list[str]:
         """Return the cells of the line."""
@@ -83,26 +98,33 @@ def conditions() -> str:
     """Return machine and versions: without them, the figures say little."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
-    versions = [f"{name} {version(name.lower())}" for name in ("Locust", "gevent")]
+    processor = model[1] if model else platform.machine()
     return ", ".join(
         [
-            f"{os.cpu_count()} processors ({model[1] if model else platform.machine()})",
+            f"{os.cpu_count()} processors ({processor})",
             f"{platform.system()} {platform.release()}",
             f"{platform.python_implementation()} {platform.python_version()}",
-            *versions,
+            f"Locust {version('locust')}",
+            f"gevent {version('gevent')}",
         ]
     )
 
 
 def line(cells: list[str]) -> str:
     """Return a line of a Markdown table."""
-    return f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |"
+    tidy = []
+    for cell in cells:
+        words = cell.replace("|", "/").split()
+        tidy.append(" ".join(words))
+    return f"| {' | '.join(tidy)} |"
 
 
 def table(lines: dict[str, list[str]], names: Iterable[str]) -> str:
     """Return the table of the lines that there are, in the order of the names."""
-    ordered = [each for name in names for each in lines.get(name, [])]
-    return "\n".join([line(HEADS), line(["---"] * len(HEADS)), *ordered]) + "\n"
+    rows = [line(HEADS), line(["---"] * len(HEADS))]
+    for name in names:
+        rows += lines.get(name, [])
+    return "\n".join(rows) + "\n"
 
 
 def written_lines(introduction: str) -> dict[str, list[str]]:

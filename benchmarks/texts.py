@@ -16,21 +16,28 @@ WEIGHTS = {"SHORT_TEXTS": 5, "LONG_TEXTS": 2, "VERY_LONG_TEXTS": 1}
 def read_texts() -> dict[str, list[str]]:
     """Return the texts of each kind, by the name that they have in locustfile.py."""
     source = Path(__file__).parent.parent / "locustfile.py"
+    tree = ast.parse(source.read_text("utf-8"))
     found: dict[str, list[str]] = {}
-    for node in ast.parse(source.read_text("utf-8")).body:
-        if isinstance(node, ast.Assign):
-            name = ast.unparse(node.targets[0])
-            if name.endswith(("TEXTS", "SENTENCES")):
-                exec(compile(ast.Module([node], []), "locustfile.py", "exec"), found)
-    return {name: [PREFIX + text for text in found[name]] for name in WEIGHTS}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign):
+            continue
+        name = ast.unparse(node.targets[0])
+        if name.endswith(("TEXTS", "SENTENCES")):
+            code = compile(ast.Module([node], []), "locustfile.py", "exec")
+            exec(code, found)
+    texts = {}
+    for name in WEIGHTS:
+        texts[name] = [PREFIX + text for text in found[name]]
+    return texts
 
 
 def mixed_lines() -> list[bytes]:
     """Return lines of which a random one is of each kind as often as in ``ChatClient``."""
-    texts = read_texts()
+    texts_of = read_texts()
     lines = []
     for name, weight in WEIGHTS.items():
+        texts = texts_of[name]
         for number in range(weight * 6):
-            text = texts[name][number % len(texts[name])]
+            text = texts[number % len(texts)]
             lines.append(text.encode() + b"\n")
     return lines
