@@ -1735,7 +1735,7 @@ class Arrivals:
 
     def __init__(self) -> None:
         self.clock_offset = time() - perf_counter()  # seconds; makes a ``time()`` of one
-        self._set_at = 0.0  # ``time()`` when the clock was seen to be set
+        self._set_at = -math.inf  # ``perf_counter`` when ``time()`` was seen to be set
 
     def receive(self, sock: socket.socket) -> tuple[bytes, float]:
         """Return what has arrived, and the ``perf_counter`` at which its last byte did.
@@ -1758,14 +1758,15 @@ class Arrivals:
         RUN.reads += 1
         offset = clock - now
         if not -CLOCK_STEP < offset - self.clock_offset < CLOCK_STEP:
-            self._set_at = clock
+            self._set_at = now
         self.clock_offset = offset
         lag = clock - stamp
-        if lag <= 0 or stamp < self._set_at:
+        arrived = now - lag
+        if lag <= 0 or arrived < self._set_at:
             return now
         if lag > LATE_READ:
             RUN.late_reads += 1
-        return now - lag
+        return arrived
 
 
 class UnstampedArrivals(Arrivals):
@@ -1903,12 +1904,9 @@ def receive_before(sock: socket.socket, ends_at: float) -> bytes:
         try:
             return sock.recv(READ_SIZE)
         except BlockingIOError:
-            # What has arrived is read before the deadline is judged.
-            seconds = ends_at - perf_counter()
-            if seconds <= 0:
-                raise TimeoutError(NO_CONNECTION) from None
-            with contextlib.suppress(TimeoutError):
-                gevent.socket.wait_read(sock.fileno(), timeout=seconds, timeout_exc=TimeoutError())
+            seconds = max(0.0, ends_at - perf_counter())
+            error = TimeoutError(NO_CONNECTION)
+            gevent.socket.wait_read(sock.fileno(), timeout=seconds, timeout_exc=error)
 
 
 # --------------------------------------------------------------------------------------- framings
@@ -2246,11 +2244,9 @@ def connect_to(address: AddressInfo, source: str | None, seconds: float) -> sock
         if source is not None:
             bind_to_source(sock, source)
         sock.settimeout(seconds)
-        try:
-            sock.connect(target)
-        except TimeoutError:
-            if not is_connected(sock):  # it may be, where this process stood still meanwhile
-                raise
+        # Where the time is over and the socket is connected in one iteration of the event loop, as
+        # this process stood still, gevent lets the socket win. The same goes for the handshake.
+        sock.connect(target)
         if sock.getsockname() == sock.getpeername():
             # Linux, on loopback, where nobody listens: by chance it has connected to itself.
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
@@ -2261,21 +2257,13 @@ def connect_to(address: AddressInfo, source: str | None, seconds: float) -> sock
         return plain
 
 
-def is_connected(sock: socket.socket) -> bool:
-    """Return whether a socket has a peer."""
-    try:
-        sock.getpeername()
-    except OSError:
-        return False
-    return True
-
-
 def set_options(sock: socket.socket) -> None:
     """Send at once, have arrivals stamped, take as much as the server reads, notice its death."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # no waiting as of RFC 896
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform != "linux":
         return
+    keep_kernel_stamping()
     for level, option, value in (
         (socket.SOL_SOCKET, SO_TIMESTAMPNS, 1),
         # Else the kernel takes no more until a third of its megabytes is free: a slow, steady
@@ -2288,6 +2276,19 @@ def set_options(sock: socket.socket) -> None:
     ):
         with contextlib.suppress(OSError):  # an old kernel, or one that only looks like Linux
             sock.setsockopt(level, option, value)
+
+
+@functools.cache
+def keep_kernel_stamping() -> socket.socket:
+    """Return a socket that is open for the life of the process.
+
+    Linux begins to stamp a moment after the first socket has asked for it, and ends with the last.
+    So between two connections of a single user it would begin anew.
+    """
+    keeper = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with contextlib.suppress(OSError):  # a kernel that only looks like Linux
+        keeper.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    return keeper
 
 
 class LookUp:
