@@ -48,7 +48,7 @@ import sys
 import traceback
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter, time
 from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -336,10 +336,12 @@ class TCPSocketClient:
         self._hooks = ChatHooks() if hooks is None else hooks
         self._overridden = overridden_hooks(self._hooks)
         self.has_refusals = "is_refusal" in self._overridden
+        heartbeat = self._hooks.heartbeat
+        self._heartbeat = None if heartbeat is None else parse_heartbeat(heartbeat)
         self._message_numbers = itertools.count(1)
         self._back_off = BackOff()
         self._connection: Connection | None = None
-        self._connecting = gevent.lock.RLock()  # held by the greenlet that connects and logs in
+        self._connecting = gevent.lock.BoundedSemaphore()  # held by who connects and logs in
         self._attempts = 0  # that came to an end
         self._is_cancelled = False  # ``close`` was called during the attempt
         self._is_shut_down = False
@@ -348,9 +350,9 @@ class TCPSocketClient:
         # connection that it is called for: its answers must not go out on a later one.
         self._bound: dict[gevent.Greenlet, Connection] = {}
         self._pending = 0  # exchanges and reports that ``wait_for_echoes`` waits for
-        self._unawaited: MessageQueue | None = None
+        self.unawaited: MessageQueue | None = None  # for ``on_message``, if that is overridden
         if "on_message" in self._overridden:
-            self._unawaited = MessageQueue(self._hooks, self._bound, self.timeout)
+            self.unawaited = MessageQueue(self._hooks, self._bound, self.timeout)
 
     @property
     def connected_since(self) -> float | None:
@@ -408,8 +410,8 @@ class TCPSocketClient:
             exchange.name_rows(name)
         if wait is None:
             wait = self._waits or exchange.is_login
-        if not self._waits and not self.first_send_at:
-            self.first_send_at = perf_counter()  # for the schedule of the open loop
+        if not self._waits and not self.first_send_at and gevent.getcurrent() not in self._bound:
+            self.first_send_at = perf_counter()  # by a task, for the schedule of the open loop
         if not wait:
             exchange.on_done = self._report_later
             connection.send(exchange)
@@ -564,18 +566,10 @@ class TCPSocketClient:
         """
         try:
             is_refusal = timed_hook("is_refusal", self._hooks.is_refusal, payload)
-        except (Exception, gevent.Timeout) as error:
+        except HOOK_ERRORS as error:
             GREENLET_POOL.spawn(functools.partial(self._hooks.report_error, error))
             return EchoFunctionError()
         return EchoRefused() if is_refusal else None
-
-    def take_unawaited(self, connection: Connection, payload: bytes, received_at: float) -> None:
-        """Queue a message for ``on_message``. The event loop calls it.
-
-        :raises HandlerTooSlow: where far too many are waiting already
-        """
-        if self._unawaited is not None:
-            self._unawaited.put(connection, payload, received_at)
 
     # -- the connection
 
@@ -607,10 +601,16 @@ class TCPSocketClient:
 
         A login may wait for this very greenlet: so it is waited for at most the time-out.
         """
-        while not self._connecting.acquire(timeout=self.timeout):
-            if self._connection is not None:  # so ``on_connect`` is at work
+        seconds = self.timeout
+        while not self._connecting.acquire(timeout=seconds):
+            seconds = self.timeout
+            connection = self._connection
+            if connection is None:  # the attempt is still to connect
+                continue
+            seconds = connection.since + self.timeout - perf_counter()
+            if seconds <= 0:
                 error = TimeoutError("on_connect did not end within the time-out")
-                self._fire("login", self._connection.since, self.timeout, 0, error)
+                self._fire("login", connection.since, self.timeout, 0, error)
                 return False
         return True
 
@@ -636,6 +636,8 @@ class TCPSocketClient:
         try:
             sock, tls = self._open()
         except (OSError, ValueError) as error:
+            if self._is_cancelled:  # nobody waits for it any more: it is no failure
+                return
             self._attempts += 1
             self._back_off.delay()
             self._fire("connect", started_at, perf_counter() - started_at, 0, error)
@@ -646,8 +648,7 @@ class TCPSocketClient:
         connection = self._connection = Connection(sock, tls, self._new_framing(), self)
         self._bound[gevent.getcurrent()] = connection
         self._fire("connect", started_at, connection.since - started_at, 0)
-        if connection.is_open:
-            self._log_in(connection)
+        self._log_in(connection)
         self._attempts += 1
 
     def _open(self) -> tuple[socket.socket, TLSLayer | None]:
@@ -658,7 +659,8 @@ class TCPSocketClient:
     def _log_in(self, connection: Connection) -> None:
         """Run the user's login. One that raises ends the connection."""
         try:
-            self._hooks.on_connect()
+            if connection.is_open:  # a listener of the row ``connect`` may have blocked for long
+                self._hooks.on_connect()
         except (OSError, ValueError) as error:
             connection.end(None)
             if not connection.has_failed_login:
@@ -667,20 +669,23 @@ class TCPSocketClient:
             connection.is_end_reported = True
         if connection.is_open:
             connection.logged_in_since = perf_counter()
-            if self._hooks.heartbeat is not None:
-                connection.heartbeat = gevent.spawn(self._send_heartbeats, connection)
+            if self._heartbeat is not None:
+                connection.heartbeat = gevent.spawn(
+                    self._send_heartbeats, connection, self._heartbeat
+                )
         elif connection.end_error is None:
             self._back_off.delay()
         elif not connection.is_end_reported:
             self._fire("disconnect", perf_counter(), 0.0, 0, connection.end_error)
 
-    def _send_heartbeats(self, connection: Connection) -> None:
-        """Call ``on_heartbeat`` again and again, while the connection is open."""
-        seconds = parse_heartbeat(self._hooks.heartbeat)
+    def _send_heartbeats(self, connection: Connection, seconds: float) -> None:
+        """Call ``on_heartbeat`` every so many seconds, while the connection is open."""
         self._bound[gevent.getcurrent()] = connection
         try:
+            due = perf_counter()
             while connection.is_open:
-                gevent.sleep(seconds)
+                due = max(due + seconds, perf_counter())  # however long the hook has taken
+                gevent.sleep(max(0.0, due - perf_counter()))
                 try:
                     self._hooks.on_heartbeat()
                 except (Exception, gevent.Timeout) as error:
@@ -701,8 +706,8 @@ class TCPSocketClient:
         :raises ValueError: while messages are in flight, where TLS has begun already, and where,
             after the login, the message before was tagged
         """
-        connection = self._usable_connection()
-        if connection is None:
+        connection = self._bound.get(gevent.getcurrent(), self._connection)
+        if connection is None or not connection.is_open:
             return False
         if self._start_tls_context is None:
             self._start_tls_context = tls_context_from(maker_of_tls_context(self._hooks))
@@ -728,11 +733,9 @@ class TCPSocketClient:
         A handler of ``on_message`` that still runs is stopped.
         """
         self._is_shut_down = True
-        if self._connection is not None:
-            RUN.in_flight += self._connection.awaited_count
         self.close()
-        if self._unawaited is not None:
-            self._unawaited.stop()
+        if self.unawaited is not None:
+            self.unawaited.stop()
 
     def wait_for_echoes(self, seconds: float) -> None:
         """Wait until nothing is in flight and all is reported, at most so many seconds."""
@@ -746,15 +749,14 @@ class TCPSocketClient:
             self._connection = None
         error = connection.end_error
         if error is None:
-            if self._unawaited is not None:
-                self._unawaited.clear()
+            if self.unawaited is not None:
+                self.unawaited.clear()
             return
         if perf_counter() - connection.since > LONGEST_DELAY:
             self._back_off.reset()
         self._back_off.delay()
         # During the login, ``_log_in`` sees that a row says it.
-        is_logging_in = self._bound.get(self._connecting_greenlet) is connection
-        if not connection.is_end_reported and not is_logging_in:
+        if not connection.is_end_reported and connection.logged_in_since is not None:
             self._pending += 1
             fire = functools.partial(self._fire, "disconnect", perf_counter(), 0.0, 0, error)
             GREENLET_POOL.spawn(functools.partial(self._report_guarded, fire))
@@ -776,7 +778,7 @@ def client_of(user: TCPChatUser, settings: Settings) -> TCPSocketClient:
 
     :raises OSError: or ``ValueError`` where its TLS context cannot be made
     """
-    address = next_address(settings.addresses, user.environment)
+    address = next_address(settings.addresses, user)
     client = TCPSocketClient(
         address.host,
         address.port,
@@ -824,7 +826,6 @@ def check_composed(payload: bytes, tag: bytes) -> None:
         raise ValueError("compose put a digit right behind the tag: put a space between")
 
 
-LOGIN_TEXTS: set[str] = set()  # that ``bounded_error`` has let through
 LOGIN_TEXTS_KEPT = 20  # Locust keeps a line for each: many would fill its memory and its tables
 LOGIN_TEXT_LENGTH = 100  # characters
 
@@ -836,19 +837,19 @@ def bounded_error(error: OSError | ValueError) -> Exception:
     """
     if isinstance(error, ChatError):
         return error
-    if isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, os.strerror(error.errno))
     sentence = str(error)
     is_built_in = type(error).__module__ == "builtins"
-    if isinstance(error, (UnicodeDecodeError, UnicodeEncodeError)):
+    if is_built_in and isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno))
+    if isinstance(error, (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)):
         sentence = error.reason
         is_built_in = False  # these take more than a text
     text = ascii(sentence[:LOGIN_TEXT_LENGTH])[1:-1]
     if not is_built_in:
         text = f"{type(error).__name__}: {text}"
-    if text not in LOGIN_TEXTS and len(LOGIN_TEXTS) >= LOGIN_TEXTS_KEPT:
+    if text not in RUN.login_texts and len(RUN.login_texts) >= LOGIN_TEXTS_KEPT:
         text = type(error).__name__
-    LOGIN_TEXTS.add(text)
+    RUN.login_texts.add(text)
     if is_built_in:
         return type(error)(text)
     return OSError(text) if isinstance(error, OSError) else ValueError(text)
@@ -919,7 +920,7 @@ class GreenletPool:
         self._idle: list[gevent.hub.Waiter] = []
         self._is_scheduled = False
         self._slice_ends_at = 0.0  # ``perf_counter``
-        self._switches = 0  # to a greenlet and back
+        self._switches = 0  # to a greenlet and back; one that comes back in a job has waited
         self._timer: Watcher | None = None
 
     def spawn(self, job: Callable[[], object]) -> None:
@@ -935,6 +936,9 @@ class GreenletPool:
 
     def _run_slice(self) -> None:
         """Let greenlets do jobs for a millisecond. The event loop calls it."""
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
         self._slice_ends_at = perf_counter() + self.SLICE
         while self._jobs and not self.is_slice_over():
             # Comes back here when no job is left, the slice is over, or the job waits.
@@ -958,6 +962,7 @@ class GreenletPool:
                 switches = self._switches
                 references = sys.getrefcount(greenlet)
                 contextvars.Context().run(job)
+                del job  # it holds a user, and this greenlet may be idle for long
                 has_waited = self._switches != switches
                 # A gevent.Timeout that is running refers to the greenlet that it will interrupt.
                 if has_waited or sys.getrefcount(greenlet) != references:
@@ -969,6 +974,9 @@ class GreenletPool:
 
 
 GREENLET_POOL = GreenletPool()
+
+# What hooks and listeners can raise; the second and third are no ``Exception``.
+HOOK_ERRORS = (Exception, gevent.Timeout, gevent.GreenletExit)
 
 BACKLOG_MESSAGES = 10_000  # messages that may wait for ``on_message`` before reading pauses
 BACKLOG_BYTES = 16 * 1024 * 1024  # bytes that may wait for it
@@ -1208,6 +1216,11 @@ class Connection:
                 self._start(exchange)
         while self._outgoing and self._send(self._outgoing[0]):
             del self._outgoing[0]
+        if self._outgoing or self._writer is not None:
+            self._watch_writable()
+
+    def _watch_writable(self) -> None:
+        """Watch for room in the kernel, while it has not taken all of a message."""
         if self._outgoing and self._writer is None:
             self._writer = self._loop.io(self._socket.fileno(), WRITABLE)
             self._writer.start(self._on_writable)
@@ -1380,6 +1393,8 @@ class Connection:
         """Take a message without the tag of an exchange in flight to where it belongs."""
         for exchange in self._untagged:
             if exchange.is_partly_sent and exchange.accepts(payload, has_own_tag):
+                if not self.is_open:  # the function has closed it
+                    return
                 if self._is_too_late(exchange, received_at):
                     self._time_out(exchange)  # which ends the connection
                     break
@@ -1388,10 +1403,11 @@ class Connection:
                 return
         if self._client.has_refusals and self.awaited_count:
             refusal = self._client.refusal_in(payload)
-            if isinstance(refusal, EchoRefused):
+            if isinstance(refusal, EchoRefused) and self.is_open:
                 self._refuse_oldest(refusal, payload, received_at)
                 return
-        self._client.take_unawaited(self, payload, received_at)
+        if self._client.unawaited is not None:
+            self._client.unawaited.put(self, payload, received_at)
 
     def _refuse_oldest(self, refusal: EchoRefused, payload: bytes, received_at: float) -> None:
         """Fail the oldest exchange that awaits an echo: most likely it is the one refused."""
@@ -1400,7 +1416,8 @@ class Connection:
         self._stop_awaiting(oldest)
         oldest.judge(payload, received_at)
         oldest.error = refusal
-        self._finish_if_sent(oldest)
+        if not oldest.unsent:
+            self._finish(oldest)
 
     def _is_too_late(self, exchange: Exchange, received_at: float) -> bool:
         """Return whether a reply came after the deadline; the event loop was busy then."""
@@ -1409,17 +1426,14 @@ class Connection:
     def _take_reply(
         self, exchange: Exchange, payload: bytes, received_at: float, tag_at: int = 0
     ) -> None:
-        """Give an exchange its reply, and judge that."""
+        """Give an exchange its reply, judge that, and finish it once all of the message is sent."""
+        is_sent = not exchange.unsent
         exchange.judge(payload, received_at, tag_at)
         if self._client.has_refusals:
             exchange.error = self._client.refusal_in(payload) or exchange.error
-        self._finish_if_sent(exchange)
-
-    def _finish_if_sent(self, exchange: Exchange) -> None:
-        """End an exchange that has its reply: now, or when all of the message is sent."""
         self._is_reply_last = True
         self._knows_what_followed = not exchange.tag or self.logged_in_since is None
-        if not exchange.unsent:
+        if is_sent:
             self._finish(exchange)
 
     def pause_reading(self) -> None:
@@ -1449,6 +1463,7 @@ class Connection:
         if not self._knows_what_followed:
             raise ValueError("after the login, ask for TLS without a tag: by bytes, or a command")
         self._is_shaking_hands = True
+        self.is_end_reported = True  # by the row ``starttls``
         self._reader.stop()
         try:
             if not self._is_reply_last or self._read() > 0:
@@ -1457,12 +1472,12 @@ class Connection:
             if not self.is_open:
                 raise ConnectionClosed
         except BaseException as error:  # a kill, too
-            self.is_end_reported = True
             self.has_failed_login = True
             self.end(error if isinstance(error, (ChatError, OSError)) else None)
             self._socket.close()
             raise
         self._is_shaking_hands = False
+        self.is_end_reported = False
         self._tls = tls
         self._framing = framing
         self._has_built_in_framing = type(framing) in BUILT_IN_FRAMINGS
@@ -1481,6 +1496,8 @@ class Connection:
         elif exchange.reply is not None:
             RUN.awaited += 1
             RUN.echoed += 1
+        elif exchange.echo == "none" and exchange.sent_at:
+            RUN.sent += 1
         if exchange.is_login and exchange.error is not None:
             self.has_failed_login = True
         SEND_BATCH.finish(exchange)
@@ -1516,8 +1533,9 @@ class Connection:
         latest = perf_counter() - self._client.timeout
         while (oldest := self._oldest_started()) is not None:
             if oldest.started_at > latest:
-                if self._deadline is None:
-                    self._watch_deadline(oldest.started_at - latest)
+                if self._deadline is not None:  # of an exchange that ``flush`` has started
+                    self._deadline.close()
+                self._watch_deadline(oldest.started_at - latest)
                 return
             self._time_out(oldest)
 
@@ -1558,6 +1576,8 @@ class Connection:
         if self.heartbeat is not None and self.heartbeat is not gevent.getcurrent():
             self.heartbeat.kill(block=False)
         self._close_socket()
+        if self.end_error is None:
+            RUN.in_flight += self.awaited_count
         unfinished = (*self._tagged.values(), *self._untagged, *self._outgoing)
         for exchange in dict.fromkeys(unfinished):  # one may be both outgoing and awaited
             self._fail(exchange, error)
@@ -1698,7 +1718,7 @@ class Exchange:
             return not has_own_tag
         try:
             return bool(timed_hook("echo function", self.echo, payload))
-        except (Exception, gevent.Timeout, gevent.GreenletExit) as error:
+        except HOOK_ERRORS as error:
             log_place_of(error)
             raise EchoFunctionError from error
 
@@ -1891,7 +1911,7 @@ def send_all(sock: socket.socket, data: bytes, ends_at: float) -> None:
             data = data[sock.send(data) :]
         except BlockingIOError:
             seconds = max(0.0, ends_at - perf_counter())
-            error = TimeoutError(NO_CONNECTION)
+            error = TimeoutError(NO_HANDSHAKE)
             gevent.socket.wait_write(sock.fileno(), timeout=seconds, timeout_exc=error)
 
 
@@ -1905,7 +1925,7 @@ def receive_before(sock: socket.socket, ends_at: float) -> bytes:
             return sock.recv(READ_SIZE)
         except BlockingIOError:
             seconds = max(0.0, ends_at - perf_counter())
-            error = TimeoutError(NO_CONNECTION)
+            error = TimeoutError(NO_HANDSHAKE)
             gevent.socket.wait_read(sock.fileno(), timeout=seconds, timeout_exc=error)
 
 
@@ -2066,8 +2086,8 @@ def feed_until_error(framing: Framing, data: bytes) -> tuple[list[bytes], BaseEx
     payloads: list[bytes] = []
     try:
         for payload in framing.feed(data):
-            payloads.append(payload)  # each is kept, also where the next raises
-    except (Exception, gevent.Timeout) as error:
+            payloads.append(bytes(memoryview(payload)))  # text is a TypeError here
+    except HOOK_ERRORS as error:
         return payloads, error
     return payloads, None
 
@@ -2168,6 +2188,7 @@ def log_place_of(error: BaseException) -> None:
 # ------------------------------------------------------------------------------- opening a socket
 
 NO_CONNECTION = "no connection within the time-out"
+NO_HANDSHAKE = "no TLS handshake within the time-out"
 NO_LOOK_UP = "the name was not looked up within the time-out"
 LOOK_UP_KEPT = 30.0  # seconds
 LOOK_UP_GRACE = 0.02  # seconds after the deadline
@@ -2307,6 +2328,10 @@ class LookUp:
         except (OSError, ValueError) as error:
             self.good_until = 0.0
             self.result.set_exception(error)
+        except Exception as error:  # gevent's resolver can start no thread, say
+            log_place_of(error)
+            self.good_until = 0.0
+            self.result.set_exception(OSError("the look-up failed; level DEBUG logs where"))
         else:
             self.good_until = perf_counter() + LOOK_UP_KEPT
             self.result.set(addresses)
@@ -2342,13 +2367,12 @@ def addresses_of(host: str, port: int, ends_at: float) -> list[AddressInfo]:
     shared = LOOK_UPS.get((host, port))
     if shared is None or perf_counter() > shared.good_until:
         shared = LOOK_UPS[host, port] = LookUp(host, port)
-    try:
-        shared.result.wait(timeout=ends_at - perf_counter())
-        if not shared.result.ready():  # it may be in its thread, where this process stood still
-            shared.result.wait(timeout=LOOK_UP_GRACE)
-        addresses: list[AddressInfo] = shared.result.get(block=False)
-    except gevent.Timeout:
-        raise TimeoutError(NO_LOOK_UP) from None
+    shared.result.wait(timeout=ends_at - perf_counter())
+    if not shared.result.ready():  # it may be in its thread, where this process stood still
+        shared.result.wait(timeout=LOOK_UP_GRACE)
+    if not shared.result.ready():
+        raise TimeoutError(NO_LOOK_UP)
+    addresses: list[AddressInfo] = shared.result.get(block=False)
     first = [address for address in addresses if address[0] == addresses[0][0]]
     others = [address for address in addresses if address[0] != addresses[0][0]]
     start = next(shared.users) % len(first)
@@ -2458,7 +2482,8 @@ class Totals(NamedTuple):
 
     awaited: int = 0  # exchanges that awaited an echo, and have ended
     echoed: int = 0  # those of them that got a good one
-    in_flight: int = 0  # exchanges whose echo was still awaited when their user ended
+    in_flight: int = 0  # exchanges whose echo was awaited when their connection was closed locally
+    sent: int = 0  # messages sent of which no echo was awaited
     due: int = 0  # messages of an open loop that fell due while their user was connected
     started_in_time: int = 0  # those of them that were handed over within 0.1 s
     reads: int = 0  # with a time of arrival by the kernel
@@ -2478,7 +2503,7 @@ class RunRecord:
 
     def reset(self) -> None:
         """Begin a run."""
-        self.awaited = self.echoed = self.in_flight = 0
+        self.awaited = self.echoed = self.in_flight = self.sent = 0
         self.due = self.started_in_time = 0
         self.reads = self.late_reads = 0
         self.stalls = 0
@@ -2487,6 +2512,7 @@ class RunRecord:
         self.workers: dict[str, Totals] = {}  # by the id of the worker, the latest that it said
         self.lost: set[str] = set()  # ids of workers that were seen to be missing
         self.unreported: set[str] = set()  # ids of workers that have still to report their end
+        self.login_texts: set[str] = set()  # that ``bounded_error`` has let through
         self._warned: set[str] = set()
 
     def totals(self) -> Totals:
@@ -2495,6 +2521,7 @@ class RunRecord:
             self.awaited,
             self.echoed,
             self.in_flight,
+            self.sent,
             self.due,
             self.started_in_time,
             self.reads,
@@ -2665,8 +2692,9 @@ def generator_faults(environment: env.Environment) -> list[str]:
     """
     texts = []
     runner = environment.runner
-    is_distributed = isinstance(runner, runners.MasterRunner)
-    if isinstance(runner, runners.MasterRunner) and lost_workers(environment):
+    count = 0  # of workers; in one process there are none
+    if isinstance(runner, runners.MasterRunner):
+        RUN.note_missing(runner)
         count = len(RUN.worker_ids(runner))
         if RUN.lost:
             texts.append(f"{len(RUN.lost)} of {count} workers lost")
@@ -2679,7 +2707,7 @@ def generator_faults(environment: env.Environment) -> list[str]:
         for fault in own_faults(totals):
             by_kind.setdefault(fault.kind, []).append(fault)
     for faults in by_kind.values():
-        where = f", in {len(faults)} of {len(processes)} workers" if is_distributed else ""
+        where = f", in {len(faults)} of {count} workers" if count else ""
         worst = max(faults, key=lambda fault: fault.size)
         texts.append(worst.text + where)
     return texts
@@ -2724,12 +2752,7 @@ def result_line(environment: env.Environment) -> str:
 def echo_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) -> str:
     """Return count, rate and round trips, those of Locust's row ``echo_response``."""
     if totals.awaited + totals.in_flight == 0:
-        connected = rows.get(("connect", "TCP"))
-        if connected is None or connected.num_requests == connected.num_failures:
-            return "nobody connected"
-        sent = rows.get(("send_chat", "TCP"))
-        count, rate = (sent.num_requests, sent.total_rps) if sent else (0, 0.0)
-        return f"no echo was awaited; {count:,} messages sent, {rate:,.1f} a second"
+        return sending_figures(rows, totals)
     row = rows.get(ECHO_ROW)
     if row is None or row.num_requests == 0:
         where = " (in rows of other names)" if totals.echoed else ""
@@ -2738,9 +2761,29 @@ def echo_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) 
     rate = row.total_rps - row.total_fail_per_sec
     median, p95, p99 = (row.get_response_time_percentile(share) for share in (0.5, 0.95, 0.99))
     return (
-        f"{echoed:,} messages echoed, {rate:,.1f} a second; round trip median {median:.4g} ms, "
-        f"95th percentile {p95:.4g}, 99th {p99:.4g}, maximum {row.max_response_time:.4g}"
+        f"{echoed:,} messages echoed, {rate:,.1f} a second; "
+        f"round trip median {in_digits(median)} ms, 95th percentile {in_digits(p95)}, "
+        f"99th {in_digits(p99)}, maximum {in_digits(row.max_response_time)}"
     )
+
+
+def sending_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) -> str:
+    """Return count and rate of a run in which no echo was awaited."""
+    row = rows.get(("send_chat", "TCP"))
+    if row is not None and row.num_requests > row.num_failures:
+        rate = row.total_rps - row.total_fail_per_sec
+        sent = f"{row.num_requests - row.num_failures:,} messages sent, {rate:,.1f} a second"
+    else:
+        sent = f"{totals.sent:,} messages sent{' (in rows of other names)' if totals.sent else ''}"
+    connects = rows.get(("connect", "TCP"))
+    if not totals.sent and connects and 0 < connects.num_requests == connects.num_failures:
+        return "nobody connected"
+    return f"no echo was awaited; {sent}"
+
+
+def in_digits(milliseconds: float) -> str:
+    """Return a time with four digits, or with those before the point where these are more."""
+    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.4g}"
 
 
 def has_no_echo(environment: env.Environment) -> bool:
@@ -2783,7 +2826,7 @@ ASCII = bytes(range(128)).decode("ascii")
 NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 PORT = re.compile(r"[1-9]\d{0,4}", re.ASCII)
 LENGTH_FORMAT = re.compile(r"[@=<>!]?[BHILQ]")
-LABEL = r"[^\s:/\[\]@?#\\.,]{1,63}"
+LABEL = r"[^\s:;/()*%\[\]@?#\\.,]{1,63}"
 ADDRESS = re.compile(
     rf"(?:(?P<scheme>tls|tcp)://)?"
     rf"(?:\[(?P<ipv6>[\w:.]+(?:%[\w.-]+)?)\]|(?P<name>{LABEL}(?:\.{LABEL})*\.?))"
@@ -2806,7 +2849,8 @@ def parse_address(host: str | None, port: str | None = None) -> Address:
     :raises SettingError: for anything else
     """
     match = ADDRESS.fullmatch((host or "").strip())
-    if match is None or (match["port"] is None and not port):
+    has_port = match is not None and (match["port"] is not None or port)
+    if match is None or not has_port or not is_ipv6_or_none(match["ipv6"]):
         raise SettingError(
             host,
             "--host",
@@ -2821,6 +2865,17 @@ def parse_address(host: str | None, port: str | None = None) -> Address:
     except SettingError:
         instead = "host:port with a port from 1 to 65535, such as localhost:12345"
         raise SettingError(host, "--host", instead) from None
+
+
+def is_ipv6_or_none(text: str | None) -> bool:
+    """Return whether what stood in brackets, if anything did, is an IPv6 address."""
+    if text is None:
+        return True
+    try:
+        ipaddress.IPv6Address(text.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def parse_addresses(host: str | None, port: str | None = None) -> tuple[Address, ...]:
@@ -3041,16 +3096,20 @@ def settings_of(user_class: type[TCPChatUser], environment: env.Environment) -> 
     )
 
 
-USER_NUMBERS = itertools.count()
+USER_NUMBERS: dict[str, Iterator[int]] = {}  # by the name of the class
 
 
-def next_address(addresses: tuple[Address, ...], environment: env.Environment) -> Address:
-    """Return the server of the next user: users take them in turn, each worker from another on."""
-    runner = environment.runner
+def next_address(addresses: tuple[Address, ...], user: TCPChatUser) -> Address:
+    """Return the server of a new user: those of a class take them in turn.
+
+    Each worker begins with another one.
+    """
+    runner = user.environment.runner
     first = 0
     if isinstance(runner, (runners.LocalRunner, runners.WorkerRunner)):
         first = max(0, runner.worker_index)
-    return addresses[(first + next(USER_NUMBERS)) % len(addresses)]
+    numbers = USER_NUMBERS.setdefault(type(user).fullname(), itertools.count())
+    return addresses[(first + next(numbers)) % len(addresses)]
 
 
 # -------------------------------------------------------------------------------- Locust's events
@@ -3236,8 +3295,7 @@ def expect_reports(environment: env.Environment, **_: object) -> None:
 
 
 def on_worker_end(msg: Message, **_: object) -> None:
-    """Take the last totals of a worker, whose users have stopped. Called on the master."""
-    RUN.workers[msg.node_id] = Totals(*msg.data["totals"])
+    """Note that the users of a worker have stopped. Called on the master."""
     RUN.unreported.discard(msg.node_id)
 
 
@@ -3247,7 +3305,11 @@ def end_run(environment: env.Environment, **_: object) -> None:
     RUN.stop_watching()
     runner = environment.runner
     if isinstance(runner, runners.WorkerRunner):
-        runner.send_message(END_MESSAGE, {"totals": list(RUN.totals())})
+        # The last rows and totals first: so they are there when the end is reported.
+        data: dict[str, object] = {}
+        environment.events.report_to_master.fire(client_id=runner.client_id, data=data)
+        runner.send_message("stats", data)
+        runner.send_message(END_MESSAGE)
     elif not is_headless(environment):
         log_result(environment)
 
@@ -3365,6 +3427,7 @@ class Standalone:
     def __init__(self, environment: env.Environment) -> None:
         self._settings = settings_of(ChatClient, environment)
         self._client = ChatClient(environment).client
+        self._log_trace = self._client.trace  # where --chat-trace asks for it
         self._client.trace = self._record
         self._received = b""  # since it was cleared
         self._rows: list[StandaloneRow] = []
@@ -3372,7 +3435,9 @@ class Standalone:
         self._hints: set[str] = set()
         environment.events.request.add_listener(self._take_row)
 
-    def _record(self, direction: str, data: bytes) -> None:
+    def _record(self, direction: Literal["sent", "received"], data: bytes) -> None:
+        if self._log_trace is not None:
+            self._log_trace(direction, data)
         if direction == "received":
             self._received = (self._received + data)[:RECORDED_BYTES]
 
@@ -3386,20 +3451,20 @@ class Standalone:
     ) -> None:
         self._rows.append(StandaloneRow(name, response_time, response_length, exception))
 
-    def send(self, texts: Collection[str]) -> int:
+    def send(self, texts: Sequence[str]) -> int:
         """Send texts, one after the other, until no connection is to be had.
 
         Return 0 if all came back (were sent, where no echo is awaited), else 1.
         """
         self._print_target()
         times: list[float] = []
-        if self._client.connect():
-            gevent.sleep(BANNER_TIME)
-            self._banner = self._received
         for text in texts:
             if self._client.connected_since is None and not self._client.connect():
                 print_error(self._rows[-1])
                 break
+            if text is texts[0]:
+                gevent.sleep(BANNER_TIME)
+                self._banner = self._received
             self._received = b""
             echo = self._client.send_chat(text, wait=True)
             row = self._rows[-1]
@@ -3504,6 +3569,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"two hosts, {options.address} and {options.host}: give one")
     options.host = options.host or options.address or DEFAULT_HOST
     options.tcp_port = options.port or options.tcp_port or str(DEFAULT_PORT)
+    if options.chat_trace:
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know Korean
     environment = env.Environment(host=options.host, parsed_options=options, events=events)

@@ -300,7 +300,7 @@ def test_a_handshake_that_never_ends_is_a_failed_connect_within_the_timeout(
     with gevent.Timeout(15):
         assert not connect(server.port, tls=trusting, timeout=0.3).connect()
     assert rows[0]["response_time"] >= 300
-    assert repr(rows[0]["exception"]) == "TimeoutError('no connection within the time-out')"
+    assert repr(rows[0]["exception"]) == "TimeoutError('no TLS handshake within the time-out')"
     wait_until(lambda: server.open == 0)  # nothing is left open
 
 

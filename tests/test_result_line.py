@@ -1,0 +1,442 @@
+"""The last line of a run, ``chat: …``, and the exit code of a run in which no echo came."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gevent
+import pytest
+from locust import constant, task
+from locust.stats import calculate_response_time_percentile
+from programs import (
+    FREQUENT_REPORTS,
+    LOCUST,
+    Program,
+    Start,
+    WebUI,
+    bus_options,
+    rows_of,
+    wait_until,
+)
+from rows import RunUsers
+from servers import Answers, Serve, Server, echo, echo_once, free_port, silent, with_the_line
+
+from locustfile import ChatClient, TCPChatUser, run_totals
+
+RESULT = re.compile(
+    r"chat: (?P<echoed>[\d,]+) messages echoed, (?P<rate>[\d.,]+) a second; "
+    r"round trip median (?P<median>[\d.e+]+) ms, 95th percentile (?P<p95>[\d.e+]+), "
+    r"99th (?P<p99>[\d.e+]+), maximum (?P<maximum>[\d.e+]+); "
+    r"(?P<failed>[\d,]+) of (?P<tries>[\d,]+) tries failed; (?P<disconnects>[\d,]+) disconnects?"
+    r"(?P<rest>.*)"
+)
+
+
+class Result(NamedTuple):
+    """What the result line of a run says."""
+
+    echoed: int
+    rate: float
+    percentiles: tuple[str, str, str]
+    maximum: str
+    failed: int
+    tries: int
+    disconnects: int
+    rest: str
+
+
+def parsed(line: str) -> Result:
+    """Understand a result line."""
+    match = RESULT.fullmatch(line)
+    assert match is not None, line
+    return Result(
+        whole(match["echoed"]),
+        float(match["rate"].replace(",", "")),
+        (match["median"], match["p95"], match["p99"]),
+        match["maximum"],
+        whole(match["failed"]),
+        whole(match["tries"]),
+        whole(match["disconnects"]),
+        match["rest"],
+    )
+
+
+def whole(text: str) -> int:
+    """Return the number that a text with commas is."""
+    return int(text.replace(",", ""))
+
+
+def result_lines(output: str) -> list[str]:
+    """Return the lines of the result, and see that one that is printed comes last."""
+    return [line for line in output.splitlines() if line.startswith("chat: ")]
+
+
+def last_line(output: str) -> str:
+    """Return the result line, and see that it is the only one, and the last."""
+    (line,) = result_lines(output)
+    assert output.splitlines()[-1] == line
+    return line
+
+
+def check_table(output: str) -> Result:
+    """See that the last line agrees with Locust's table; return what it says."""
+    result = parsed(last_line(output))
+    rows = rows_of(output)
+    echoes = rows["echo_response"]
+    assert result.echoed == echoes.successes
+    assert result.failed == sum(row.failures for row in rows.values())
+    assert result.tries == echoes.requests + rows["connect"].failures + rows["send_chat"].failures
+    end = output.index("Response time percentiles")
+    table = output[output.rindex("Type     Name", 0, end) : end]
+    shown = re.search(r"^TCP +echo_response .*\| +([\d.]+) +([\d.]+) *$", table, re.MULTILINE)
+    assert shown is not None
+    assert result.rate == pytest.approx(float(shown[1]) - float(shown[2]), abs=0.11)
+    return result
+
+
+def altering(every: int) -> Answers:
+    """Return a handler that alters the end of every so many-th line, and returns the others."""
+    numbers = iter(range(1, 10**9))
+
+    def answer(line: bytes) -> bytes:
+        return line[:-1] + (b"#" if next(numbers) % every == 0 else line[-1:]) + b"\n"
+
+    return Answers(answer)
+
+
+# ----------------------------------------------------------------------------- short runs
+
+# A user all of whose exchanges end in rows of other names; and a listener that fails the run.
+NAMED = """
+from locust import constant, events, task
+import locustfile
+
+class Named(locustfile.TCPChatUser):
+    wait_time = constant(0.1)
+
+    @task
+    def join(self):
+        self.client.send_chat("hello", name="join")
+"""
+FAILS = """
+from locust import events
+
+@events.quitting.add_listener
+def fail(environment, **_):
+    environment.process_exit_code = 3
+"""
+# Failed requests alone do not fail these runs.
+SHORT = ("--headless", "--users=2", "--spawn-rate=9", "--run-time=1s", "--exit-code-on-error=0")
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Program]]:
+    """Return runs that have ended, by name: they run at the same time, as most of it is waiting."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, code in {"named.py": NAMED, "fails.py": FAILS}.items():
+        (folder / name).write_text(code)
+    servers = [Server(altering(1)), Server(silent), Server(silent)]
+    altered, quiet, other = (f"--host={server.address}" for server in servers)
+    named, fails = f"-f=locustfile.py,{folder}/named.py", f"-f=locustfile.py,{folder}/fails.py"
+    arguments: dict[str, tuple[str, ...]] = {
+        "all failed": (altered, named, "Named"),
+        "failed with code 3": (altered, fails),
+        "none awaited": (quiet, "--chat-echo=none", "--chat-wait=0.1"),
+        "awaited in two processes": (other, "--processes=2", *bus_options()),
+    }
+    programs = {name: Program(*LOCUST, *SHORT, *each) for name, each in arguments.items()}
+    for program in programs.values():
+        program.ends()
+    yield programs
+    for program in programs.values():
+        program.kill()
+    for server in servers:
+        server.stop()
+
+
+def test_a_run_whose_echoes_all_failed_whatever_their_rows_warns_and_exits_1(
+    short_runs: dict[str, Program],
+) -> None:
+    run = short_runs["all failed"]
+    assert run.ends() == 1
+    rows = rows_of(run.output)
+    assert rows["join"].failures == rows["join"].requests > 0
+    line = last_line(run.output)
+    assert line.startswith(f"chat: 0 of {rows['join'].requests} messages echoed")
+    assert f"; {rows['join'].failures} of {rows['join'].requests} tries failed" in line
+    assert "WARNING" in run.output
+    assert "echoes were awaited, and none came" in run.output
+
+
+def test_an_exit_code_that_somebody_else_has_set_is_not_replaced(
+    short_runs: dict[str, Program],
+) -> None:
+    run = short_runs["failed with code 3"]
+    assert run.ends() == 3
+    assert last_line(run.output).startswith("chat: ")
+
+
+def test_where_no_echo_is_awaited_the_line_says_so_and_counts_what_was_sent(
+    short_runs: dict[str, Program],
+) -> None:
+    run = short_runs["none awaited"]
+    assert run.ends() == 0
+    sent = rows_of(run.output)["send_chat"].requests
+    assert sent > 0
+    assert last_line(run.output).startswith(f"chat: no echo was awaited; {sent} messages sent, ")
+    assert "none came" not in run.output
+
+
+def test_echoes_still_awaited_in_the_workers_are_counted_and_exit_1(
+    short_runs: dict[str, Program],
+) -> None:
+    run = short_runs["awaited in two processes"]
+    assert run.ends() == 1
+    line = last_line(run.output)
+    assert "; 2 echoes still awaited at the end" in line
+    assert "workers" not in line
+    assert "echoes were awaited, and none came" in run.output
+
+
+# ----------------------------------------------------------------------------- one process
+
+
+def test_the_line_agrees_with_json_and_csv_also_after_the_statistics_were_reset(
+    start: Start, serve: Serve, tmp_path: Path
+) -> None:
+    """The JSON has standard output for itself."""
+    chat = altering(7)
+    server = serve(chat)
+    options = (
+        "--headless --users=4 --spawn-rate=2 --reset-stats --run-time=4s --stop-timeout=20 "
+        "--chat-wait=0.02 --json --exit-code-on-error=0"
+    )
+    command = (*LOCUST, *options.split(), f"--host={server.address}", f"--csv={tmp_path}/run")
+    running = start("sh", "-c", f'exec "$0" "$@" 2>{tmp_path}/log', *command)
+    assert running.ends() == 0
+    entries = {entry["name"]: entry for entry in json.loads(running.output)}
+    result = parsed(last_line((tmp_path / "log").read_text()))
+    entry = entries["echo_response"]
+    assert 0 < entry["num_requests"] < len(chat.received)
+    assert result.echoed == entry["num_requests"] - entry["num_failures"]
+    assert result.failed == entry["num_failures"] > 0
+    assert result.tries == entry["num_requests"]
+    assert result.disconnects == 0
+    times = {float(time): count for time, count in entry["response_times"].items()}
+    percentiles = [
+        calculate_response_time_percentile(times, entry["num_requests"], share)  # type: ignore[arg-type]
+        for share in (0.5, 0.95, 0.99)
+    ]
+    # The largest bucket of all may stand for the maximum, which Locust does not round.
+    for told, expected in zip(result.percentiles, percentiles, strict=True):
+        assert float(told) == pytest.approx(expected, rel=0.06)
+    assert result.maximum == f"{entry['max_response_time']:.4g}"
+    with (tmp_path / "run_stats.csv").open() as file:
+        rows = {row["Name"]: row for row in csv.DictReader(file)}
+    # Locust writes it every second, and not at the end.
+    assert 0 < int(rows["echo_response"]["Request Count"]) <= entry["num_requests"]
+
+
+def test_after_ctrl_c_the_line_is_the_last_one_and_agrees_with_the_table(
+    start: Start, serve: Serve
+) -> None:
+    chat = Answers(with_the_line)
+    options = "--headless --users=5 --spawn-rate=5 --chat-wait=0.02 --only-summary"
+    running = start(*LOCUST, *options.split(), f"--host={serve(chat).address}")
+    wait_until(lambda: len(chat.received) > 200)
+    assert running.interrupt() == 0
+    result = check_table(running.output)
+    assert result.echoed > 100
+    assert (result.failed, result.disconnects) == (0, 0)
+    assert any("." in text for text in result.percentiles)  # below a millisecond, or of 10
+
+
+def test_after_ctrl_c_while_all_echoes_are_awaited_the_exit_code_is_1(
+    start: Start, serve: Serve
+) -> None:
+    chat = Answers(lambda line: b"")
+    options = "--headless --users=5 --spawn-rate=5 --chat-timeout=600"
+    running = start(*LOCUST, *options.split(), f"--host={serve(chat).address}")
+    wait_until(lambda: len(chat.received) == 5)
+    assert running.interrupt() == 1
+    assert "; 5 echoes still awaited at the end" in last_line(running.output)
+    assert "Traceback" not in running.output
+
+
+# ----------------------------------------------------------------------------- several processes
+
+
+def test_with_processes_one_line_agrees_with_the_table_and_each_takes_another_server_first(
+    start: Start, serve: Serve
+) -> None:
+    chats = [altering(10), altering(10)]
+    servers = [serve(chat) for chat in chats]
+    host = ",".join(server.address for server in servers)
+    options = "--processes=2 --headless --users=2 --spawn-rate=2 --chat-wait=0.02 --stop-timeout=30"
+    running = start(
+        *LOCUST, *options.split(), *bus_options(), f"--host={host}", "--exit-code-on-error=0"
+    )
+    wait_until(lambda: all(len(chat.received) > 50 for chat in chats))
+    assert running.stop() == 0
+    result = check_table(running.output)
+    assert result.failed == sum(len(chat.received) // 10 for chat in chats)
+    assert result.echoed == sum(len(chat.received) for chat in chats) - result.failed
+    assert "workers" not in result.rest
+    assert [server.opened for server in servers] == [1, 1]
+
+
+def test_a_worker_that_does_not_report_its_end_is_named_and_workers_print_no_line(
+    start: Start, serve: Serve, tmp_path: Path
+) -> None:
+    often = tmp_path / "often.py"
+    often.write_text(FREQUENT_REPORTS)
+    chat = Answers(with_the_line)
+    server = serve(chat)
+    bus = ("--master-host=127.0.0.1", "--master-bind-host=127.0.0.1", *bus_options())
+    files = ("-f", f"locustfile.py,{often}", "ChatClient")
+    workers = [start(*LOCUST, *files, "--worker", *bus) for _ in range(2)]
+    options = (
+        "--master --expect-workers=2 --headless --users=4 --spawn-rate=9 --chat-wait=0.02 "
+        f"--host={server.address} --only-summary --exit-code-on-error=0"
+    )
+    master = start(*LOCUST, *files, *options.split(), *bus)
+    wait_until(lambda: server.opened == 4 and len(chat.received) > 100)
+    gevent.sleep(0.5)  # for a report of each
+    workers[0].process.send_signal(signal.SIGSTOP)
+    assert master.interrupt() == 0
+    result = check_table(master.output)
+    assert result.echoed > 0
+    # A master that is slow may have missed it before.
+    assert re.search(r"; 1 of 2 workers (did not report their end|lost)", result.rest)
+    workers[1].ends()
+    assert result_lines(workers[1].output) == []
+
+
+# ----------------------------------------------------------------------------- the web UI
+
+
+def test_in_the_web_ui_the_line_is_logged_when_a_run_has_stopped_and_each_time(
+    start: Start, serve: Serve
+) -> None:
+    web_ui = WebUI()
+    answering, quiet = serve(echo), serve(silent)
+    running = start(*LOCUST, *web_ui.options)
+    running.prints("Starting web interface")
+    web_ui.swarm(host=answering.address, chat_wait="0.05")
+    wait_until(web_ui.has_echoes)
+    assert "chat: " not in running.output
+    web_ui.stop()
+    running.prints("messages echoed")
+    web_ui.swarm(host=quiet.address, chat_wait="0.05")
+    wait_until(lambda: quiet.open == 2)
+    wait_until(lambda: web_ui.statistics().get("stats"))
+    web_ui.stop()
+    running.prints("echoes still awaited")
+    assert running.stop() == 1  # the last run had no echo
+    first, second = re.findall(r"^\[.*\] \S+/(\w+)/locustfile: (chat: .*)$", running.output, re.M)
+    assert first[0] == "INFO"
+    assert parsed(first[1]).echoed > 0
+    assert second[0] == "WARNING"
+    assert "2 echoes still awaited at the end" in second[1]
+    assert result_lines(running.output) == []  # nothing is printed again behind the table
+
+
+# ----------------------------------------------------------------------------- what it counts
+
+
+def logged_result(caplog: pytest.LogCaptureFixture) -> str:
+    """Return the last result line that was logged."""
+    return [text for text in caplog.messages if text.startswith("chat: ")][-1]
+
+
+def test_disconnects_and_failed_connects_are_counted_in_the_line(
+    serve: Serve, run_users: RunUsers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    class Leaves(TCPChatUser):
+        """Has an echo on each of its connections."""
+
+        wait_time = constant(0.01)
+
+        @task
+        def say_one_thing(self) -> None:
+            self.client.send_chat("hello")
+            wait_until(lambda: self.client.connected_since is None)
+
+    server = serve(echo_once)
+    chat = run_users(Leaves, server.address, users=2, is_recorded=True)
+    wait_until(lambda: chat.row("disconnect").num_failures >= 5)
+    server.stop()
+    wait_until(lambda: chat.row("connect").num_failures >= 2)
+    chat.runner.stop()
+    result = parsed(logged_result(caplog))
+    assert result.disconnects == chat.row("disconnect").num_failures
+    assert result.failed == sum(row.num_failures for row in chat.environment.stats.entries.values())
+    assert result.tries == result.echoed + result.failed
+    assert result.echoed == chat.count("echo_response")
+
+
+def test_echoes_in_rows_of_other_names_count_as_echoes(
+    serve: Serve, run_users: RunUsers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    class Joins(TCPChatUser):
+        """Names all of its rows."""
+
+        wait_time = constant(0.01)
+
+        @task
+        def join(self) -> None:
+            self.client.send_chat("hello", name="join")
+
+    chat = run_users(Joins, serve(echo).address, is_recorded=True)
+    wait_until(lambda: chat.count("join") > 10)
+    chat.runner.stop()
+    totals = run_totals(chat.environment)
+    assert totals.echoed == chat.count("join")
+    assert f"{totals.echoed} of {totals.awaited} messages echoed" in logged_result(caplog)
+    assert {record.levelname for record in caplog.records if "chat: " in record.message} == {"INFO"}
+
+
+def test_what_a_login_awaits_counts_too_and_alone_it_is_enough(
+    serve: Serve, run_users: RunUsers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    class Member(ChatClient):
+        """Logs in, and awaits no other echo."""
+
+        echo = "none"
+
+        def on_connect(self) -> None:
+            self.client.send_chat(b"login", echo="any")
+
+    chat = run_users(Member, serve(echo).address, users=3, is_recorded=True, chat_wait="0.01")
+    wait_until(lambda: chat.count("send_chat") > 20)
+    chat.runner.stop()
+    totals = run_totals(chat.environment)
+    assert (totals.awaited, totals.echoed, totals.in_flight) == (3, 3, 0)
+    assert chat.row("send_chat").num_requests > 3
+    assert "no echo was awaited" not in logged_result(caplog)
+
+
+def test_the_counts_of_a_dead_port_are_failed_connects_and_no_echo(
+    run_users: RunUsers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    chat = run_users(ChatClient, f"127.0.0.1:{free_port()}", users=2, is_recorded=True)
+    wait_until(lambda: chat.row("connect").num_failures >= 2)
+    chat.runner.stop()
+    line = logged_result(caplog)
+    failed = chat.row("connect").num_failures
+    assert "messages echoed" not in line
+    assert f"; {failed} of {failed} tries failed" in line
