@@ -633,6 +633,7 @@ class TCPSocketClient:
     def _open_and_log_in(self) -> None:
         """Open a connection and log in. A failure is a row."""
         started_at = perf_counter()
+        RUN.attempts += 1
         try:
             sock, tls = self._open()
         except (OSError, ValueError) as error:
@@ -647,6 +648,7 @@ class TCPSocketClient:
             return
         connection = self._connection = Connection(sock, tls, self._new_framing(), self)
         self._bound[gevent.getcurrent()] = connection
+        RUN.connected += 1
         self._fire("connect", started_at, connection.since - started_at, 0)
         self._log_in(connection)
         self._attempts += 1
@@ -1366,7 +1368,7 @@ class Connection:
         if len(self._tagged) == 1:  # the common case: the one echo awaited, as it was sent
             (exchange,) = self._tagged.values()
             is_whole = payload == exchange.payload and exchange.expected is exchange.payload
-            if is_whole and not self._is_too_late(exchange, received_at):
+            if is_whole and received_at - exchange.started_at <= self._client.timeout:
                 self._tagged.clear()
                 # Its own payload, so that ``send_chat`` need not decode what is equal.
                 self._take_reply(exchange, exchange.payload, received_at)
@@ -2480,6 +2482,8 @@ class Totals(NamedTuple):
     difference of two looks is what happened between them.
     """
 
+    attempts: int = 0  # to connect
+    connected: int = 0  # those of them that did
     awaited: int = 0  # exchanges that awaited an echo, and have ended
     echoed: int = 0  # those of them that got a good one
     in_flight: int = 0  # exchanges whose echo was awaited when their connection was closed locally
@@ -2503,6 +2507,7 @@ class RunRecord:
 
     def reset(self) -> None:
         """Begin a run."""
+        self.attempts = self.connected = 0
         self.awaited = self.echoed = self.in_flight = self.sent = 0
         self.due = self.started_in_time = 0
         self.reads = self.late_reads = 0
@@ -2518,6 +2523,8 @@ class RunRecord:
     def totals(self) -> Totals:
         """Return the figures of this process."""
         return Totals(
+            self.attempts,
+            self.connected,
             self.awaited,
             self.echoed,
             self.in_flight,
@@ -2751,13 +2758,16 @@ def result_line(environment: env.Environment) -> str:
 
 def echo_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) -> str:
     """Return count, rate and round trips, those of Locust's row ``echo_response``."""
-    if totals.awaited + totals.in_flight == 0:
+    if not totals.connected:
+        return "nobody connected"
+    awaited = totals.awaited + totals.in_flight
+    if awaited == 0:
         return sending_figures(rows, totals)
     row = rows.get(ECHO_ROW)
-    if row is None or row.num_requests == 0:
+    echoed = row.num_requests - row.num_failures if row else 0
+    if row is None or echoed == 0:
         where = " (in rows of other names)" if totals.echoed else ""
-        return f"{totals.echoed:,} of {totals.awaited:,} messages echoed{where}"
-    echoed = row.num_requests - row.num_failures
+        return f"{totals.echoed:,} of {awaited:,} messages echoed{where}"
     rate = row.total_rps - row.total_fail_per_sec
     median, p95, p99 = (row.get_response_time_percentile(share) for share in (0.5, 0.95, 0.99))
     return (
@@ -2775,9 +2785,6 @@ def sending_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Total
         sent = f"{row.num_requests - row.num_failures:,} messages sent, {rate:,.1f} a second"
     else:
         sent = f"{totals.sent:,} messages sent{' (in rows of other names)' if totals.sent else ''}"
-    connects = rows.get(("connect", "TCP"))
-    if not totals.sent and connects and 0 < connects.num_requests == connects.num_failures:
-        return "nobody connected"
     return f"no echo was awaited; {sent}"
 
 
@@ -2786,10 +2793,14 @@ def in_digits(milliseconds: float) -> str:
     return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.4g}"
 
 
-def has_no_echo(environment: env.Environment) -> bool:
-    """Return whether echoes were awaited in the run, and none came."""
+def why_nothing_came(environment: env.Environment) -> str:
+    """Return why a run has shown nothing of its server, or an empty text where it has."""
     totals = run_totals(environment)
-    return totals.awaited + totals.in_flight > 0 and totals.echoed == 0
+    if totals.attempts and not totals.connected:
+        return "nobody connected"
+    if totals.awaited + totals.in_flight and not totals.echoed:
+        return "echoes were awaited, and none came"
+    return ""
 
 
 # ---------------------------------------------------------------------------------- the wire trace
@@ -3320,21 +3331,22 @@ def is_headless(environment: env.Environment) -> bool:
 
 
 def log_result(environment: env.Environment) -> None:
-    """Log the result of a run, as a warning where no echo came."""
-    level = logging.WARNING if has_no_echo(environment) else logging.INFO
+    """Log the result of a run, as a warning where it has shown nothing of its server."""
+    level = logging.WARNING if why_nothing_came(environment) else logging.INFO
     logger.log(level, result_line(environment))
 
 
 @events.quitting.add_listener
 def decide_exit_code(environment: env.Environment, **_: object) -> None:
-    """Fail a run in which echoes were awaited, and none came."""
+    """Fail a run in which nobody connected, or echoes were awaited and none came."""
     runner = environment.runner
     if runner is None or isinstance(runner, runners.WorkerRunner):
         return
     runner.stop()  # after Ctrl-C the users of one process are still there
     gevent.sleep(0.01)  # rows that no user waits for are fired by the greenlet pool
-    if has_no_echo(environment):
-        logger.warning("echoes were awaited, and none came")
+    reason = why_nothing_came(environment)
+    if reason:
+        logger.warning(reason)
         environment.process_exit_code = environment.process_exit_code or 1
     if is_headless(environment):
         RUN.result = result_line(environment)  # with --json, Locust empties its tables in between
@@ -3480,7 +3492,7 @@ class Standalone:
         summary = f"{len(times)} of {len(texts)} messages "
         summary += "sent" if self._settings.echo == "none" else "came back"
         if times:
-            summary += f", median {statistics.median_high(times):.3f} ms"
+            summary += f", median {statistics.median(times):.3f} ms"
         print(summary)
         return 0 if len(times) == len(texts) else 1
 
@@ -3490,7 +3502,7 @@ class Standalone:
         tls = " with TLS" if address.tls else ""
         framing = name_of_framing(self._settings.framing)
         print(
-            f"connecting to {address.host}:{address.port}{tls}, "
+            f"connecting to {bracketed(address.host)}:{address.port}{tls}, "
             f"framing {framing}, echo {self._settings.echo}"
         )
 
@@ -3499,8 +3511,8 @@ class Standalone:
         data = self._received
         came = data or self._banner
         text = came.decode(self._client.encoding, "backslashreplace")[:SHOWN_CHARACTERS]
-        when = "" if data else " before the first message"
-        print(f"  what came instead{when}: {text!r}" if came else "  nothing came instead")
+        what = "what came instead" if data else "what came instead, before the first message"
+        print(f"  {what}: {text!r}" if came else "  nothing came instead")
         hint = self._hint(error, data)
         if hint not in self._hints:
             self._hints.add(hint)
@@ -3516,7 +3528,9 @@ class Standalone:
             return "the server speaks HTTP, which is no chat: is it the right port?"
         if data.startswith(TLS_ALERT):
             return f"the server speaks TLS: use --host=tls://{bracketed(host)}:{port}"
-        if isinstance(error, (EchoAltered, EchoTruncated)):
+        if isinstance(error, EchoTruncated):
+            return "the server cuts the message: to accept that, use --chat-echo=tag"
+        if isinstance(error, EchoAltered):
             return "the tag came back with other text: use --chat-echo=tag"
         if self._banner or isinstance(error, ConnectionError):
             return diagnose
@@ -3555,6 +3569,12 @@ def is_printable(data: bytes, encoding: str) -> bool:
     return bool(text) and all(c.isprintable() or c in "\r\n\t" for c in text.rstrip("\ufffd"))
 
 
+def has_port(address: str) -> bool:
+    """Return whether an address names a port."""
+    match = ADDRESS.fullmatch(address)
+    return match is not None and match["port"] is not None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run without Locust's engine: five messages, or the echo server. Return the exit code."""
     parser = argument_parser.LocustArgumentParser(
@@ -3567,6 +3587,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.address and options.host:
         parser.error(f"two hosts, {options.address} and {options.host}: give one")
+    if options.port and has_port(options.address):
+        parser.error(f"two ports, in {options.address} and {options.port}: give one")
     options.host = options.host or options.address or DEFAULT_HOST
     options.tcp_port = options.port or options.tcp_port or str(DEFAULT_PORT)
     if options.chat_trace:
