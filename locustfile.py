@@ -3511,7 +3511,7 @@ class Standalone:
         data = self._received
         came = data or self._banner
         text = came.decode(self._client.encoding, "backslashreplace")[:SHOWN_CHARACTERS]
-        what = "what came instead" if data else "what came instead, before the first message"
+        what = "what came instead" if data else "what came instead before the first message"
         print(f"  {what}: {text!r}" if came else "  nothing came instead")
         hint = self._hint(error, data)
         if hint not in self._hints:
