@@ -8,6 +8,7 @@ The server writes JSON anew: other order, other spaces. What comes back unchange
 
 To change: the keys, and where the server
 
+- has no login: drop ``on_connect``;
 - writes other characters than ASCII as ``\\u…``: drop ``ensure_ascii=False``;
 - sends back an ``id`` and not the text: ``"id": tag`` in ``compose``, and ``echo = "tag"`` in place
   of ``expected``;
