@@ -3539,7 +3539,7 @@ class Standalone:
         if has_tag and not has_line:
             return "no line end came: use --chat-framing=raw --chat-echo=tag"
         if has_line and not has_tag:
-            return "lines came without the tag: use --chat-echo=any"
+            return "lines came without the tag: if they are no refusals, use --chat-echo=any"
         return diagnose
 
 

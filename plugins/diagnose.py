@@ -5,24 +5,24 @@ r"""Find out what a chat server speaks, and print the command that talks to it.
 
 It listens for a greeting; tries TLS where the server hangs up on plain text; and then the framings
 ``line``, ``crlf``, ``raw``, ``nul``, length prefixes of 2 and 4 bytes in both byte orders, and such
-that count themselves; last HTTP. The tries follow one another, each on connections of its own: one
-sends at most two short texts and waits for answers, a second one listens, as some servers send a
-message to all but its sender. Each reads at most 256 KiB. All of them take a minute or two.
+that count themselves; last HTTP. Each try has two connections: one sends at most two short texts
+and waits for answers, one listens, as some servers send a message to all but its sender. Each reads
+at most 256 KiB. All of them take a minute or two.
 
-Each try prints a line: what came, escaped and cut. The last line is the answer, the command to run
-in the folder of ``locustfile.py``::
+Each try prints a line: what came, escaped and cut. The last line is the command to run in the
+folder of ``locustfile.py``, or ``no command works: …``, or ``no connection: …``::
 
     python locustfile.py --chat-framing=crlf --chat-echo=full localhost 12345
 
-By then the client of ``locustfile.py`` has sent three messages in this framing and echo mode, and
-has got the echo of each; in mode ``none``, the second connection has heard each. Where the
-certificate of a TLS server is not trusted, ``SSL_CERT_FILE=ca.pem`` stands before the command:
-write the file of its authority there.
+By then its client has got the echo of three messages; in mode ``none``, the second connection has
+heard each. Where the certificate of a TLS server is not trusted, ``SSL_CERT_FILE=ca.pem`` stands
+before the command: write the file of its authority there.
 
-Limits: where a server accepts ``\n`` and ``\r\n``, the answer is ``line``. With ``raw`` an echo may
-come in two reads, so the mode is ``tag``; it is too where a server changes characters, maybe as it
-has another encoding (``--chat-encoding``). An answer that takes over two seconds is not seen.
-Whether a server cuts or refuses long messages is seen only by running the command. One that neither
+Limits: an answer with words of an error or of a login counts as a refusal (``REFUSAL``), which is
+no echo. Another one may be a refusal, too: with ``--chat-echo=any``, see what it says. Where a
+server accepts ``\n`` and ``\r\n``, the answer is ``line``. The mode is ``tag`` with ``raw``, as an
+echo may come in two reads, and where a server changes characters, maybe as it has another encoding
+(``--chat-encoding``). An answer that takes over two seconds is not seen. A server that neither
 answers nor passes a message on cannot be told from one that speaks something else.
 
 Exit code: 0 where a command works, 1 where none does, 2 for wrong arguments.
@@ -37,6 +37,7 @@ import functools
 import io
 import os
 import random
+import re
 import shlex
 import socket
 import ssl
@@ -45,7 +46,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import gevent
 
@@ -57,7 +58,6 @@ CONNECT_SECONDS = 5.0  # at most, for look-up, TCP and TLS
 ANSWER_SECONDS = 2.0  # how long a greeting or an answer is awaited
 REST_SECONDS = 0.3  # how long the rest of it is awaited
 BYTES_LIMIT = 256 * 1024  # read from one connection
-UNKNOWN_AUTHORITY = "ca.pem"  # what stands in the command, to be replaced
 SHOWN = 60  # characters of what came
 PREFIXES = (">H", "<H", ">I", "<I")
 SELF_COUNTING = "self-counting "
@@ -67,7 +67,17 @@ FRAMINGS = ("line", "crlf", "raw", "nul", *PREFIXES, *(SELF_COUNTING + p for p i
 # The second has what servers lose or escape. No length, prefix included, is that of a line end.
 TEXTS = ("Hello, everyone!", "안녕하세요 👋 & < > \" ' \\ %")
 HTTP_REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+# What stands in an answer that refuses, not in TEXTS. "error": null is none.
+REFUSAL = re.compile(
+    r"error(?!s?\W*(null|none|false|0)\b)|login|password|unknown|invalid|denied|refused|reject|fail"
+    r"|forbidden|unauthori|authenticat|오류|에러|로그인|거부|실패|인증|잘못|알 수 없"
+    r"|(?<![a-z])(err|not|bad|must|cannot|can't|nak|nack|log in|sign in)(?![a-z])"
+    r"|(^|code|status)\W*[45]\d\d\b",
+    re.IGNORECASE,
+)
 HTTP = "it is an HTTP server; a chat over WebSocket needs a client of its own"
+EXAMPLE = "copy examples/game_header.py"
+REMEDY = "it wants a login or another protocol: see docs/protocols.md"
 NOTHING = (
     "nothing came back. If the server only takes messages, use --chat-echo=none; "
     "if it wants a login first, write on_connect"
@@ -89,21 +99,26 @@ class Server(NamedTuple):
     tls: Callable[[], ssl.SSLContext] | None = None
     authorities: str = ""  # what the command sets SSL_CERT_FILE to
 
-    def command(self, framing: str, echo: str) -> str:
+    def command(self, framing: str, echo: str | None) -> str:
         """Return the command that talks to it, quoted for a shell."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = locustfile.bracketed(self.host)
         options = f"--chat-framing={shlex.quote(framing)} --chat-echo={echo}"
         if self.tls is None:
             return f"python locustfile.py {options} {shlex.quote(host)} {self.port}"
-        address = shlex.quote(f"tls://{host}:{self.port}")
-        variable = f"SSL_CERT_FILE={shlex.quote(self.authorities)} " if self.authorities else ""
-        return f"{variable}python locustfile.py {options} --host={address}"
+        address = f"tls://{host}:{self.port}"
+        command = f"python locustfile.py {options} --host={shlex.quote(address)}"
+        if self.authorities:
+            return f"SSL_CERT_FILE={shlex.quote(self.authorities)} {command}"
+        return command
 
 
 def open_socket(server: Server) -> socket.socket:
     """Return a connected socket; raise ``OSError`` where there is no connection."""
-    with gevent.Timeout(CONNECT_SECONDS, TimeoutError("no connection within 5 seconds")):
-        sock = socket.create_connection((server.host, server.port))
+    with gevent.Timeout(CONNECT_SECONDS, TimeoutError("the time-out of 5 seconds is over")):
+        try:
+            sock = socket.create_connection((server.host, server.port))
+        except UnicodeError:  # longer than a name can be
+            raise OSError("the name cannot be looked up") from None
         if server.tls is None:
             return sock
         with sock:  # closed where the handshake fails, else empty by then
@@ -121,10 +136,7 @@ def reason_of(error: OSError) -> str:
 
 def escaped(data: bytes) -> str:
     """Return bytes of the server as they may be printed: escaped and cut."""
-    try:
-        text: str | bytes = data.decode()
-    except UnicodeDecodeError:
-        text = data
+    text = data.decode(errors="backslashreplace")
     return repr(text[:SHOWN]) + ("…" if len(text) > SHOWN else "")
 
 
@@ -152,22 +164,21 @@ class Probe:
     def _run(self) -> None:
         try:
             self._socket = open_socket(self._server)
-            self.end = self._read(self._socket)
+            while not self.end:
+                self.end = self._take(self._socket.recv(4096))
         except OSError as error:
             self.end = reason_of(error)
 
-    def _read(self, sock: socket.socket) -> str:
-        """Keep what comes; return why no more is read."""
-        while len(self.received) < BYTES_LIMIT:
-            data = sock.recv(4096)
-            if not data:
-                return "the server hung up"
-            self.received += data
-            try:
-                self.messages += self._framing.feed(data)
-            except (locustfile.ChatError, ValueError):
-                return "its length is impossible in this framing"
-        return "more came than is read"
+    def _take(self, data: bytes) -> str:
+        """Keep what came; return why no more is read, if so."""
+        if not data:
+            return "the server hung up"
+        self.received += data
+        try:
+            self.messages += self._framing.feed(data)
+        except (locustfile.ChatError, ValueError):
+            return "its length is impossible in this framing"
+        return "more came than is read" if len(self.received) >= BYTES_LIMIT else ""
 
     def send(self, data: bytes) -> None:
         """Send bytes, unless the connection has ended."""
@@ -183,22 +194,33 @@ class Probe:
         while not self.end and not condition() and monotonic() < limit:
             gevent.sleep(0.01)
 
-    def count_of(self, tag: bytes) -> int:
-        """Return how often a tag stands in the messages."""
-        return sum(message.count(tag) for message in self.messages)
+    def has(self, tag: bytes) -> bool:
+        """Return whether a tag stands in a message."""
+        return any(tag in message for message in self.messages)
 
 
-# ------------------------------------------------------------------------------ TLS, greeting, HTTP
+def ask(server: Server, data: bytes = b"") -> Probe:
+    """Return a connection that has ended, with what came after it was opened and sent data."""
+    with Probe(server, locustfile.RawFraming()) as probe:
+        probe.send(data)
+        probe.wait(ANSWER_SECONDS, lambda: probe.received)
+        probe.wait(REST_SECONDS)
+        return probe
 
 
-def find_tls(address: locustfile.Address) -> Server | None:
+# -------------------------------------------------------------------------------------------- TLS
+
+
+def find_tls(plain: Server) -> Server | None:
     """Return the server with what TLS needs; None where it does not speak TLS.
 
     :raises NothingWorks: where it speaks TLS, but no connection can be had
     """
-    plain = Server(address.host, address.port)
+    unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unchecked.check_hostname = False
+    unchecked.verify_mode = ssl.CERT_NONE
     try:
-        certificate = handshake(plain, context_without_checks())
+        certificate = handshake(plain, unchecked)
     except OSError as error:
         reason = str(getattr(error, "reason", ""))
         if "ALERT" in reason or "UNSUPPORTED_PROTOCOL" in reason:
@@ -214,7 +236,8 @@ def find_tls(address: locustfile.Address) -> Server | None:
         handshake(plain, trusting_it())
     except ssl.SSLCertVerificationError as error:
         raise NothingWorks(f"the TLS certificate is not valid: {error.verify_message}") from None
-    return plain._replace(tls=trusting_it, authorities=UNKNOWN_AUTHORITY)
+    print("its certificate is not trusted: name the file of its authority in SSL_CERT_FILE")
+    return plain._replace(tls=trusting_it, authorities="ca.pem")
 
 
 def handshake(server: Server, context: ssl.SSLContext) -> bytes:
@@ -224,45 +247,11 @@ def handshake(server: Server, context: ssl.SSLContext) -> bytes:
         return sock.getpeercert(binary_form=True) or b""
 
 
-def context_without_checks() -> ssl.SSLContext:
-    """Return a context that takes any certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def context_that_trusts(certificate: bytes) -> ssl.SSLContext:
     """Return a context that trusts one certificate, and still checks its name and its dates."""
     context = ssl.create_default_context(cadata=certificate)
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
     return context
-
-
-def greeting_of(server: Server) -> bytes:
-    """Return what the server says before it has been sent anything."""
-    with Probe(server, locustfile.RawFraming()) as probe:
-        probe.wait(ANSWER_SECONDS, lambda: probe.received)
-        probe.wait(REST_SECONDS)
-        print(f"greeting: {escaped(probe.received)}" if probe.received else "greeting: none")
-        return probe.received
-
-
-def hangs_up_on_text(server: Server) -> bool:
-    """Return whether plain text ends the connection, as it does where TLS is spoken."""
-    with Probe(server, locustfile.RawFraming()) as probe:
-        probe.send(b"hello\r\n")
-        probe.wait(ANSWER_SECONDS, lambda: probe.received)
-        probe.wait(REST_SECONDS)  # a TLS alert comes first
-        return bool(probe.end)
-
-
-def speaks_http(server: Server) -> bool:
-    """Return whether a request gets an answer of HTTP."""
-    with Probe(server, locustfile.RawFraming()) as probe:
-        probe.send(HTTP_REQUEST)
-        probe.wait(ANSWER_SECONDS, lambda: len(probe.received) >= len("HTTP/"))
-        return probe.received.startswith(b"HTTP/")
 
 
 # ----------------------------------------------------------------------------------- one framing
@@ -282,14 +271,15 @@ class SelfCountingFraming:
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield the payloads that data completes; raise ``ValueError`` for an impossible length."""
         self._buffer += data
-        while len(self._buffer) >= self._length.size:
-            (length,) = self._length.unpack_from(self._buffer)
-            if length < self._length.size:
+        start = self._length.size
+        while len(self._buffer) >= start:
+            (end,) = self._length.unpack_from(self._buffer)
+            if end < start:
                 raise ValueError("the length is less than that of its prefix")
-            if len(self._buffer) < length:
+            if len(self._buffer) < end:
                 return
-            yield self._buffer[self._length.size : length]
-            self._buffer = self._buffer[length:]
+            yield self._buffer[start:end]
+            self._buffer = self._buffer[end:]
 
 
 def new_framing(name: str) -> locustfile.Framing:
@@ -302,7 +292,7 @@ def new_framing(name: str) -> locustfile.Framing:
 class Exchange(NamedTuple):
     """One text that was sent, and what came of it."""
 
-    text: bytes
+    payload: bytes
     tag: bytes
     answers: list[bytes]  # all that came until the next text
     is_broadcast: bool  # the listening connection has got it
@@ -312,7 +302,7 @@ class Exchange(NamedTuple):
         """The strictest echo mode that accepts what came."""
         for answer in self.answers:
             if self.tag in answer:
-                return "full" if self.text in answer else "tag"
+                return "full" if self.payload in answer else "tag"
         return "any" if self.answers else "none"
 
 
@@ -334,20 +324,33 @@ class Trial(NamedTuple):
             return None
         if modes <= {"full", "tag"}:
             return "full" if modes == {"full"} and self.framing != "raw" else "tag"
-        if self._is_answered():
+        if all(self.answers()):
             return "any"
         return "none" if all(exchange.is_broadcast for exchange in self.exchanges) else None
 
-    def _is_answered(self) -> bool:
-        """Return whether each text was answered, and what came is not the talk of others."""
-        answers = [set(exchange.answers) for exchange in self.exchanges]
+    def answers(self) -> list[list[bytes]]:
+        """Return what each text was answered with, without the talk of others."""
+        answers = [exchange.answers for exchange in self.exchanges]
         if self.unsolicited or self.exchanges[-1].is_broadcast:
             # Others talk, or could: what the listening connection has got, too, is no answer.
-            answers = [messages.difference(self.overheard) for messages in answers]
+            answers = [[m for m in messages if m not in self.overheard] for messages in answers]
         others_talk = set(self.unsolicited).difference(self.overheard)
         if others_talk:  # only an answer that is always the same can be told from it
-            return bool(set.intersection(*answers) - others_talk)
-        return all(answers)
+            same = set.intersection(*map(set, answers)) - others_talk
+            return [list(same) for _ in answers]
+        return answers
+
+    def refusal(self) -> bytes | None:
+        """Return an answer that the mode takes for an echo, but that looks like a refusal."""
+        if self.mode is None:
+            return None
+        for exchange, answers in zip(self.exchanges, self.answers(), strict=True):
+            for answer in answers:
+                is_echo = self.mode == "any" or exchange.tag in answer
+                text = answer.decode(errors="replace")
+                if is_echo and REFUSAL.search(text):
+                    return answer
+        return None
 
     def describe(self) -> str:
         """Say what came."""
@@ -366,63 +369,62 @@ def try_framing(server: Server, framing: str, has_greeting: bool) -> Trial:
     identity = f"d{random.getrandbits(28):07x}"  # a letter in it shows who changes its case
     exchanges: list[Exchange] = []
     unsolicited: list[bytes] = []
-    with Probe(server, new_framing(framing)) as talker:
-        with Probe(server, new_framing(framing)) as listener:
-            if has_greeting:
-                talker.wait(ANSWER_SECONDS, lambda: talker.received)
-            talker.wait(REST_SECONDS)
-            start = len(talker.received)
-            for number, text in enumerate(TEXTS, 1):
-                exchange = say(talker, listener, framing, f"{identity}.{number}", text)
-                exchanges.append(exchange)
-                if not exchange.answers and not exchange.is_broadcast and not has_greeting:
-                    break  # a server that greets may have taken the first text as a name
-            received = talker.received[start:]
-            if any(exchange.mode == "any" for exchange in exchanges):
-                count = len(talker.messages)
-                talker.wait(ANSWER_SECONDS)
-                unsolicited = talker.messages[count:]
-                gevent.sleep(REST_SECONDS)  # the listener may get it a little later
-            return Trial(framing, exchanges, unsolicited, listener.messages, received, talker.end)
+    talker = Probe(server, new_framing(framing))
+    listener = Probe(server, new_framing(framing))
+    with talker, listener:
+        if has_greeting:
+            talker.wait(ANSWER_SECONDS, lambda: talker.received)
+        talker.wait(REST_SECONDS)
+        start = len(talker.received)
+        for number, text in enumerate(TEXTS, 1):
+            tag = f"{identity}.{number}".encode()
+            payload = b"[%s] %s" % (tag, text.encode())
+            exchange = say(talker, listener, framing, tag, payload)
+            exchanges.append(exchange)
+            if not exchange.answers and not exchange.is_broadcast and not has_greeting:
+                break  # a server that greets may have taken the first text as a name
+        received = talker.received[start:]
+        if any(exchange.mode == "any" for exchange in exchanges):
+            count = len(talker.messages)
+            talker.wait(ANSWER_SECONDS)
+            unsolicited = talker.messages[count:]
+            gevent.sleep(REST_SECONDS)  # the listener may get it a little later
+    return Trial(framing, exchanges, unsolicited, listener.messages, received, talker.end)
 
 
-def say(talker: Probe, listener: Probe, framing: str, tag: str, text: str) -> Exchange:
+def say(talker: Probe, listener: Probe, framing: str, tag: bytes, payload: bytes) -> Exchange:
     """Send a text, and return it with what came until its tag did, or the time was over."""
-    identifier = tag.encode()
-    payload = f"[{tag}] {text}".encode()
     count = len(talker.messages)
     talker.send(new_framing(framing).encode(payload))
-    talker.wait(ANSWER_SECONDS, lambda: talker.count_of(identifier))
-    return Exchange(payload, identifier, talker.messages[count:], listener.count_of(identifier) > 0)
+    talker.wait(ANSWER_SECONDS, lambda: talker.has(tag))
+    return Exchange(payload, tag, talker.messages[count:], listener.has(tag))
 
 
-def works(server: Server, framing: str, mode: str) -> bool:
-    """Return whether the client of ``locustfile.py`` gets what it awaits for three messages."""
-    texts = locustfile.SHORT_TEXTS[:3]
+def works(server: Server, trial: Trial) -> bool:
+    """Return whether the client gets what a trial has seen, for three messages; print it."""
+    if trial.mode is None or trial.refusal() is not None:
+        return False
     client = locustfile.TCPSocketClient(
         server.host,
         server.port,
         EventHook(),
-        framing=framing,
-        echo=locustfile.parse_echo(mode),
+        framing=trial.framing,
+        echo=locustfile.parse_echo(trial.mode),
         tls=server.tls,
     )
-    try:
-        if mode != "none":
-            return all(client.send_chat(text, wait=True) is not None for text in texts)
-        with Probe(server, new_framing(framing)) as listener:
-            return all(others_get(client, text, listener) for text in texts)
-    finally:
-        client.close()
-
-
-def others_get(client: locustfile.TCPSocketClient, text: str, listener: Probe) -> bool:
-    """Send a message; return whether another connection gets it."""
-    identity = client.identity.encode()
-    count = listener.count_of(identity)
-    client.send_chat(text, wait=True)
-    listener.wait(ANSWER_SECONDS, lambda: listener.count_of(identity) > count)
-    return listener.count_of(identity) > count
+    good = 0
+    with Probe(server, new_framing(trial.framing)) as listener:
+        for number, text in enumerate(locustfile.SHORT_TEXTS[:3], 1):
+            echo = client.send_chat(text, wait=True)
+            if trial.mode == "none":
+                tag = f"{client.identity}.{number}".encode()
+                listener.wait(ANSWER_SECONDS, functools.partial(listener.has, tag))
+                good += listener.has(tag)
+            else:
+                good += echo is not None
+    client.close()
+    print(f"{trial.framing} with --chat-echo={trial.mode}: {good} of 3 messages went well")
+    return good == 3
 
 
 # ------------------------------------------------------------------------------------- the answer
@@ -439,17 +441,22 @@ def diagnose(address: locustfile.Address) -> str:
     greeting = b"" if address.tls else greeting_of(server)
     # A server with TLS does not speak first. One without gets no handshake, which it could take for
     # many messages.
-    if address.tls or (not greeting and hangs_up_on_text(server)):
-        tls_server = find_tls(address)
+    if address.tls or (not greeting and ask(server, b"hello\r\n").end):
+        tls_server = find_tls(server)
         print(f"TLS: {'no' if tls_server is None else 'yes'}")
         if tls_server is not None:
             server = tls_server
             greeting = greeting_of(server)
         elif address.tls:
             raise NothingWorks("the server does not speak TLS")
-    if server.authorities == UNKNOWN_AUTHORITY:
-        print("its certificate is not trusted: name the file of its authority in SSL_CERT_FILE")
     return try_framings(server, bool(greeting))
+
+
+def greeting_of(server: Server) -> bytes:
+    """Return what the server says before it has been sent anything, and print it."""
+    greeting = ask(server).received
+    print(f"greeting: {escaped(greeting) if greeting else 'none'}")
+    return greeting
 
 
 def try_framings(server: Server, has_greeting: bool) -> str:
@@ -460,35 +467,42 @@ def try_framings(server: Server, has_greeting: bool) -> str:
         print(f"{framing}: {trial.describe()}")
         if trial.received.startswith(b"HTTP/"):
             raise NothingWorks(HTTP)
-        if trial.mode in ("full", "tag", "none") and is_confirmed(server, trial):
-            return server.command(framing, str(trial.mode))
+        if trial.mode is not None and framing.startswith(SELF_COUNTING):
+            prefix = framing.removeprefix(SELF_COUNTING)
+            raise NothingWorks(f"the length prefix ({prefix}) counts itself: {EXAMPLE}")
+        if trial.mode != "any" and works(server, trial):
+            return server.command(trial.framing, trial.mode)
         trials.append(trial)
-    if speaks_http(server):
+    if ask(server, HTTP_REQUEST).received.startswith(b"HTTP/"):
         raise NothingWorks(HTTP)
     # What has no tag may be a complaint about the framing: so it counts only now, raw last.
-    for trial in sorted(trials, key=lambda trial: trial.framing == "raw"):
-        if trial.mode == "any" and is_confirmed(server, trial):
-            print("any answer counts as the echo, a complaint too: see what came")
-            return server.command(trial.framing, "any")
-    raise NothingWorks(what_came(trials))
+    trials.sort(key=lambda trial: trial.framing == "raw")
+    for trial in trials:
+        if trial.mode == "any" and works(server, trial):
+            print(warning_of(trial))
+            return server.command(trial.framing, trial.mode)
+    raise NothingWorks(what_came(server, trials))
 
 
-def is_confirmed(server: Server, trial: Trial) -> bool:
-    """Return whether what was seen in a trial works with the client, and print it."""
-    if trial.framing.startswith(SELF_COUNTING):
-        raise NothingWorks(
-            f"the length prefix ({trial.framing.removeprefix(SELF_COUNTING)}) counts itself: "
-            "copy examples/game_header.py"
-        )
-    is_good = works(server, trial.framing, str(trial.mode))
-    result = "all went well" if is_good else "not all went well"
-    print(f"{trial.framing} with --chat-echo={trial.mode}: three messages, {result}")
-    return is_good
+def warning_of(trial: Trial) -> str:
+    """Return what to know before any answer counts as the echo."""
+    shown = dict.fromkeys(escaped(answers[0]) for answers in trial.answers())
+    return (
+        f"the server answers {' and '.join(shown)} to two different texts. "
+        "With --chat-echo=any every answer counts as the echo, an error message too: "
+        f"if that is a refusal, {REMEDY}"
+    )
 
 
-def what_came(trials: list[Trial]) -> str:
+def what_came(server: Server, trials: list[Trial]) -> str:
     """Return what came instead of answers."""
     for trial in trials:
+        refusal = trial.refusal()
+        if refusal is not None:
+            return (
+                f"the server answers {escaped(refusal)}, which looks like a refusal: {REMEDY}. "
+                f"This takes refusals for echoes: {server.command(trial.framing, trial.mode)}"
+            )
         if trial.mode is not None:
             return f"{trial.framing} with --chat-echo={trial.mode} works for some messages only"
         if trial.exchanges[0].mode == "none" and trial.exchanges[-1].mode != "none":
@@ -504,17 +518,12 @@ def what_came(trials: list[Trial]) -> str:
 # ------------------------------------------------------------------------------------ the command
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print what was seen, and last the answer; return the exit code."""
-    parser = Parser(description="Find out what a TCP chat server speaks.")
+    parser = argparse.ArgumentParser(
+        description="Find out what a TCP chat server speaks: diagnose.py host port",
+        usage=argparse.SUPPRESS,  # so that an error is one line
+    )
     parser.add_argument("host", help="host, host:port or tls://host:port")
     parser.add_argument("port", nargs="?")
     options = parser.parse_args(arguments)
@@ -526,8 +535,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         print(diagnose(address))
-    except (NothingWorks, OSError) as error:
+    except NothingWorks as error:
         print(f"no command works: {error}")
+        return 1
+    except OSError as error:
+        print(f"no connection: {reason_of(error)}")
         return 1
     except KeyboardInterrupt:
         return 130
