@@ -6,11 +6,14 @@ import locust  # isort: skip  # noqa: F401  # replaces blocking calls with geven
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -117,6 +120,11 @@ class Program:
     """A program that runs beside the test, with all that it prints."""
 
     def __init__(self, *command: str | Path, cwd: Path = ROOT, **variables: str) -> None:
+        # A worker of ``-f -`` writes the files of its master there, and removes them at its end:
+        # those of two workers must not be the same.
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        if "-" in command:
+            variables = {"TMPDIR": self._folder.name, **variables}
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
@@ -170,6 +178,7 @@ class Program:
             os.killpg(self.process.pid, 9)
             self.process.wait()
         self._reader.kill()
+        self._folder.cleanup()
 
 
 Start = Callable[..., Program]  # what the fixture ``start`` returns
@@ -177,8 +186,17 @@ Start = Callable[..., Program]  # what the fixture ``start`` returns
 
 def bus_options() -> tuple[str, ...]:
     """Return the options that give a master and its workers a port of their own to speak over."""
-    port = free_port()
+    port = next(filter(is_free, iter(lambda: random.randrange(20_000, 32_000), None)))
     return f"--master-bind-port={port}", f"--master-port={port}"
+
+
+def is_free(port: int) -> bool:
+    """Return whether nothing listens on a port.
+
+    One that the system chooses could be taken by any connection before the program listens.
+    """
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 class WebUI:
