@@ -906,15 +906,16 @@ class GreenletPool:
     """Greenlets for what may block, and so has no place on the event loop.
 
     One greenlet does job after job, as to make a greenlet takes 10 µs. When a job waits for
-    something, another greenlet goes on with the jobs that are left. All jobs together have a
-    millisecond; then the event loop polls its sockets before the next.
+    something, another greenlet goes on with the jobs that are left. All jobs together have a tenth
+    of a millisecond; then the event loop polls its sockets and timers before the next: what falls
+    due meanwhile would be sent in one lump, and wait in the queue of the server.
 
     A job leaves nothing behind: it runs in an empty context (``contextvars``), and a greenlet whose
     job has waited, or to which something still refers (a forgotten ``gevent.Timeout``), is not used
     again.
     """
 
-    SLICE = 0.001  # seconds
+    SLICE = 0.0001  # seconds
     MOST_IDLE = 100  # greenlets kept
 
     def __init__(self) -> None:
@@ -937,7 +938,7 @@ class GreenletPool:
         return perf_counter() > self._slice_ends_at
 
     def _run_slice(self) -> None:
-        """Let greenlets do jobs for a millisecond. The event loop calls it."""
+        """Let greenlets do jobs until the slice is over. The event loop calls it."""
         if self._timer is not None:
             self._timer.close()
             self._timer = None
@@ -1611,8 +1612,12 @@ class SendBatch:
     """What the event loop does in its next iteration: all sends back to back, then wake users.
 
     A server that is woken for each message costs more than one that is at work already. So users
-    that go on send in the next iteration, all together. docs/design.md has the measurements.
+    that go on send in the next iteration, all together: but no more than MOST_WOKEN, as thousands
+    of messages at once would wait in the queue of the server, and that wait would be in their
+    round trips. docs/design.md has the measurements.
     """
+
+    MOST_WOKEN = 100  # users
 
     def __init__(self) -> None:
         self._to_flush: deque[Connection] = deque()
@@ -1640,7 +1645,7 @@ class SendBatch:
         try:
             for _ in range(len(self._to_flush)):
                 self._to_flush.popleft().flush()
-            for _ in range(len(self._finished)):
+            for _ in range(min(len(self._finished), self.MOST_WOKEN)):
                 exchange = self._finished.popleft()
                 # Mostly a switch to the user, who comes back here with its next wait.
                 exchange.on_done(exchange)
