@@ -5,6 +5,7 @@ from __future__ import annotations
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
 import signal
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,19 @@ import pytest
 from locust.event import EventHook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "plugins"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from certificates import Context, context_that_trusts, server_context, write_certificates
 from clients import HOOKS, Connect, hooks_with
-from programs import Program, Start
+from programs import Start, programs
 from rows import Rows, Run, RunUsers
-from servers import Handler, Serve, Server
+from servers import Serve, servers
+from together import pytest_pyfunc_call
 
 from locustfile import TCPSocketClient
+
+__all__ = ["pytest_pyfunc_call"]  # a hook, for pytest to find
 
 TIME_LIMIT = 300  # seconds for one test, far above what any takes on a busy machine
 
@@ -32,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     A pytest that a shell has started in the background ignores Ctrl-C, and so would the programs
     that it starts: some tests end them in this way.
     """
+    config.addinivalue_line("markers", "together: runs beside others of its file, see together.py")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("timeout", None) is None:
         config.option.timeout = TIME_LIMIT
@@ -40,15 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Return a function that starts a server with a handler; it is stopped after the test."""
-    servers: list[Server] = []
-
-    def start(handler: Handler, port: int = 0) -> Server:
-        servers.append(Server(handler, port))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    with servers() as serve:
+        yield serve
 
 
 @pytest.fixture
@@ -82,6 +83,26 @@ def connect(rows: Rows, request_event: EventHook) -> Iterator[Connect]:
         client.shut_down()
 
 
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with what ``write_certificates`` writes."""
+    folder = tmp_path_factory.mktemp("certificates")
+    write_certificates(folder)
+    return folder
+
+
+@pytest.fixture
+def trusting(certificates: Path) -> Context:
+    """Return a factory of contexts that trust the authority."""
+    return lambda: context_that_trusts(certificates / "ca.pem")
+
+
+@pytest.fixture
+def identity(certificates: Path) -> ssl.SSLContext:
+    """Return the context of a server with the good certificate."""
+    return server_context(certificates / "good.pem")
+
+
 @pytest.fixture
 def run_users() -> Iterator[RunUsers]:
     """Return a function that starts users of a class; they are stopped after the test."""
@@ -99,12 +120,5 @@ def run_users() -> Iterator[RunUsers]:
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Return a function that starts a program; it is killed after the test."""
-    programs: list[Program] = []
-
-    def run(*command: str | Path, **keywords: Any) -> Program:
-        programs.append(Program(*command, **keywords))
-        return programs[-1]
-
-    yield run
-    for running in programs:
-        running.kill()
+    with programs() as start:
+        yield start

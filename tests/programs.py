@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,31 +29,10 @@ from servers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCUST = (Path(sys.executable).with_name("locust"),)
+QUICK_LOCUST = (sys.executable, ROOT / "tests" / "quick_locust.py")
 # For commands of the documents: "locust" is this one.
 PATH = f"{LOCUST[0].parent}{os.pathsep}{os.environ['PATH']}"
 STANDALONE = (sys.executable, ROOT / "locustfile.py")
-# Files for ``-f``, beside that of the users. One fires three rows of known times at the start of
-# a run; with the other, workers report to their master 15 times as often as usual.
-FIXED_ROWS = """
-from locust import events
-
-@events.test_start.add_listener
-def fire(environment, **_):
-    for milliseconds in (0.123, 0.456, 0.789):
-        environment.events.request.fire(
-            request_type="TCP",
-            name="fixed",
-            response_time=milliseconds,
-            response_length=1,
-            exception=None,
-            context={},
-        )
-"""
-FREQUENT_REPORTS = """
-from locust import runners
-
-runners.WORKER_REPORT_INTERVAL = 0.2
-"""
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -110,8 +90,21 @@ def latest_counts(running: Program, name: str) -> Counts:
     return counts_in(running.output).get(name, Counts(0, 0))
 
 
+def stopped(running: Program) -> dict[str, Counts]:
+    """Stop a run without failures; return the counts of its rows."""
+    assert running.stop() == 0, running.output
+    assert not re.search("Traceback|ERROR|CRITICAL|Error report", running.output), running.output
+    rows = rows_of(running.output)
+    assert all(counts.failures == 0 for counts in rows.values()), running.output
+    return rows
+
+
 def quiet(output: str) -> bool:
-    """Return whether nothing in what Locust printed looks like an error."""
+    """Return whether nothing in what Locust printed looks like an error.
+
+    That the machine is busy, which Locust and the core warn of, is none.
+    """
+    output = re.sub(r"^.*/WARNING/(locustfile|root): .*$", "", output, flags=re.MULTILINE)
     errors = "Traceback|ERROR|CRITICAL|WARNING|Exception|KeyboardInterrupt|Error report"
     return not re.search(errors, output)
 
@@ -184,6 +177,22 @@ class Program:
 Start = Callable[..., Program]  # what the fixture ``start`` returns
 
 
+@contextlib.contextmanager
+def programs() -> Iterator[Start]:
+    """Give a function that starts a program; all are killed when the context ends."""
+    started: list[Program] = []
+
+    def start(*command: str | Path, **keywords: Any) -> Program:
+        started.append(Program(*command, **keywords))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for running in started:
+            running.kill()
+
+
 def bus_options() -> tuple[str, ...]:
     """Return the options that give a master and its workers a port of their own to speak over."""
     port = next(filter(is_free, iter(lambda: random.randrange(20_000, 32_000), None)))
@@ -197,6 +206,21 @@ def is_free(port: int) -> bool:
     """
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def narrow_network(*command: str) -> list[str]:
+    """Return a command in a network of its own, whose addresses have 20 ports each.
+
+    Skips the test where that cannot be had.
+    """
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux can have a network with few ports")
+    unshare = program("unshare")
+    ip = program("ip")
+    if subprocess.run([unshare, "--net", "true"], capture_output=True).returncode != 0:
+        pytest.skip("this machine lets nobody have a network of his own")
+    ports = "echo 40000 40019 > /proc/sys/net/ipv4/ip_local_port_range"
+    return [unshare, "--net", "sh", "-c", f'{ip} link set lo up; {ports}; exec "$@"', "-", *command]
 
 
 class WebUI:

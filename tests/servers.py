@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's, in the servers too
 
+import contextlib
 import itertools
 import socket
 import struct
@@ -66,6 +67,22 @@ class Server:
 
 
 Serve = Callable[..., Server]  # what the fixture ``serve`` returns
+
+
+@contextlib.contextmanager
+def servers() -> Iterator[Serve]:
+    """Give a function that starts a server with a handler; all stop when the context ends."""
+    started: list[Server] = []
+
+    def serve(handler: Handler, port: int = 0) -> Server:
+        started.append(Server(handler, port))
+        return started[-1]
+
+    try:
+        yield serve
+    finally:
+        for server in started:
+            server.stop()
 
 
 def echo(connection: socket.socket) -> None:

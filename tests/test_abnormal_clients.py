@@ -9,25 +9,22 @@ import re
 import shlex
 import socket
 import struct
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import abnormal_clients
 import gevent
 import pytest
+from abnormal_clients import HALF, AbnormalClient
 from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.event import Events
-from programs import LOCUST, ROOT, Program, Start, WebUI, bus_options, wait_until
+from programs import QUICK_LOCUST, Program, Start, WebUI, bus_options, wait_until
 from rows import Rows
 from servers import Serve, echo, free_port, lines
 
 import locustfile
-
-sys.path.insert(0, str(ROOT / "plugins"))
-import abnormal_clients
-from abnormal_clients import HALF, AbnormalClient
 
 User = Callable[..., AbnormalClient]
 
@@ -48,29 +45,15 @@ KINDS = {
     "half-close",
     "trickle",
 }
-QUICK = """
-import abnormal_clients
-
-abnormal_clients.AbnormalClient.silence = 0.3
-abnormal_clients.AbnormalClient.trickle_pause = 0.02
-"""
 
 
-@pytest.fixture
-def quick(tmp_path: Path) -> str:
-    """Return the name of a file that shortens the pauses of the plugin."""
-    path = tmp_path / "quick.py"
-    path.write_text(QUICK)
-    return str(path)
-
-
-def documented(more_files: str) -> list[str]:
-    """Return the command of the plugin's first lines, with more files and quicker users."""
+def documented() -> list[str]:
+    """Return the command of the plugin's first lines, with shorter pauses."""
     text = (abnormal_clients.__doc__ or "").replace("\\\n", "")
     command = next(line for line in text.splitlines() if line.startswith("    locust -f"))
     program, option, files, *options = shlex.split(command)
     assert (program, option, files) == ("locust", *PLUGIN)
-    return [option, f"{files},{more_files}", *options, "--chat-wait=0.05"]
+    return [option, f"{files},tests/locustfiles/short_abuses.py", *options, "--chat-wait=0.05"]
 
 
 def end(running: Program) -> int:
@@ -167,12 +150,12 @@ def leaking() -> Callable[[socket.socket], None]:
 # ------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_well_made_server_sees_every_abuse_and_passes(
-    start: Start, serve: Serve, quick: str
-) -> None:
+@pytest.mark.together
+def test_a_well_made_server_sees_every_abuse_and_passes(start: Start, serve: Serve) -> None:
     server = WellMade()
     listening = serve(server)
-    running = start(*LOCUST, *documented(quick), f"--host={listening.address}")
+    running = start(*QUICK_LOCUST, *documented(), f"--host={listening.address}")
+    running.prints('{"AbnormalClient": 19, "Canary": 1}')
     wait_until(lambda: server.seen >= KINDS and kinds_in(running.output) == KINDS)
     assert end(running) == 0
     said = (
@@ -181,13 +164,11 @@ def test_a_well_made_server_sees_every_abuse_and_passes(
     assert re.fullmatch(said, last_line(running))
     assert failures(running.output, ".*?") == 0
     assert "TCP      echo_response" in running.output
-    assert '{"AbnormalClient": 19, "Canary": 1}' in running.output
     wait_until(lambda: listening.open == 0)
 
 
-def test_a_server_that_crashes_on_invalid_text_fails(
-    start: Start, serve: Serve, quick: str
-) -> None:
+@pytest.mark.together
+def test_a_server_that_crashes_on_invalid_text_fails(start: Start, serve: Serve) -> None:
     crashed: list[bytes] = []
 
     def server(connection: socket.socket) -> None:
@@ -198,7 +179,7 @@ def test_a_server_that_crashes_on_invalid_text_fails(
                 crashed.append(line)
 
     listening = serve(server)
-    running = start(*LOCUST, *documented(quick), f"--host={listening.address}")
+    running = start(*QUICK_LOCUST, *documented(), f"--host={listening.address}")
     wait_until(lambda: crashed)
     listening.stop()
     wait_until(lambda: failures(running.output, "ABUSE +.*?"))
@@ -211,17 +192,19 @@ def test_a_server_that_crashes_on_invalid_text_fails(
     assert re.fullmatch(f"abnormal clients: {canary}; {abuse}", last_line(running))
 
 
+@pytest.mark.together
 def test_abuses_that_found_no_server_are_not_blamed(start: Start) -> None:
     options = "--headless --users=3 --spawn-rate=9 --run-time=1s --chat-wait=0.1"
-    running = start(*LOCUST, *PLUGIN, f"--host=127.0.0.1:{free_port()}", *options.split())
+    running = start(*QUICK_LOCUST, *PLUGIN, f"--host=127.0.0.1:{free_port()}", *options.split())
     assert running.ends() == 1
     assert re.search(
         r"the canary got 0 of 0 echoes.*; \d+ abuses found no server$", last_line(running)
     )
 
 
+@pytest.mark.together
 def test_in_a_room_whose_members_get_half_a_flood_the_canary_is_not_hit(
-    start: Start, serve: Serve, quick: str
+    start: Start, serve: Serve
 ) -> None:
     """A room that takes the end of a connection for that of a message gives it to everybody."""
     members: set[socket.socket] = set()
@@ -246,12 +229,13 @@ def test_in_a_room_whose_members_get_half_a_flood_the_canary_is_not_hit(
                 member.sendall(b"guest: " + line + b"\n")
 
     host = f"--host={serve(room).address}"
-    running = start(*LOCUST, *documented(quick), host)
+    running = start(*QUICK_LOCUST, *documented(), host)
     wait_until(lambda: longest[0] > 200_000 and "TCP      echo_response" in running.output)
     end(running)  # 1 where a half message came to a member that had just joined: it is told to all
     assert re.match(r"abnormal clients: the canary got (\d+) of \1 echoes; ", last_line(running))
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("is_verdict_last", [True, False])
 def test_an_abuse_that_failed_fails_the_run_whatever_limit_holds(
     start: Start, serve: Serve, is_verdict_last: bool
@@ -261,32 +245,35 @@ def test_an_abuse_that_failed_fails_the_run_whatever_limit_holds(
         files.reverse()
     options = "--headless --users=9 --spawn-rate=9 --chat-wait=0.05 --chat-max-fail-ratio=1"
     address = serve(leaking()).address
-    running = start(*LOCUST, "-f", ",".join(files), f"--host={address}", *options.split())
+    running = start(*QUICK_LOCUST, "-f", ",".join(files), f"--host={address}", *options.split())
     wait_until(lambda: failures(running.output, "ABUSE +half, then reset"))
     assert end(running) == 1
     said = "Half a message of a connection that was reset came to a new connection."
     assert f"Leaked('{said}')" in running.output
 
 
+@pytest.mark.together
 def test_a_canary_that_got_no_echo_fails_the_run_and_says_so_once(
     start: Start, serve: Serve
 ) -> None:
     server = serve(lambda connection: [None for _ in lines(connection)])
     options = "--headless --users=3 --spawn-rate=9 --run-time=1s --chat-timeout=60 --processes=1"
     host = f"--host={server.address}"
-    running = start(*LOCUST, *PLUGIN, host, *options.split(), *bus_options())
+    running = start(*QUICK_LOCUST, *PLUGIN, host, *options.split(), *bus_options())
     assert running.ends() == 1
     (line,) = re.findall("^abnormal clients: .*", running.output, re.MULTILINE)
     assert line.startswith("abnormal clients: the canary got 0 of 0 echoes; ")
 
 
+@pytest.mark.together
 def test_a_run_without_an_abuser_fails_and_says_what_to_write(start: Start, serve: Serve) -> None:
     options = f"--headless --users=1 --run-time=2s --host={serve(echo).address}"
-    running = start(*LOCUST, *PLUGIN, *options.split())
+    running = start(*QUICK_LOCUST, *PLUGIN, *options.split())
     assert running.ends() == 1
     assert "; nobody has abused the server: use --users=2 or more" in last_line(running)
 
 
+@pytest.mark.together
 def test_a_worker_gets_the_plugin_from_its_master(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -294,30 +281,32 @@ def test_a_worker_gets_the_plugin_from_its_master(
     bus = bus_options()
     files = ("-f", "locustfile.py,plugins/abnormal_clients.py", "Canary", "AbnormalClient")
     users = f"--headless --expect-workers=1 --users=4 --spawn-rate=4 --host={server.address}"
-    master = start(*LOCUST, *files, "--master", *bus, *users.split())
-    worker = start(*LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
+    master = start(*QUICK_LOCUST, *files, "--master", *bus, *users.split())
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
     master.prints('All users spawned: {"AbnormalClient": 3, "Canary": 1')
     wait_until(lambda: kinds_in(master.output) and "TCP      echo_response" in master.output)
     assert end(master) == 0
     assert worker.ends() == 0
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("processes", [(), ("--processes=2", *bus_options())])
 def test_a_server_with_tls_is_refused_at_the_start_in_one_line(
     start: Start, processes: tuple[str, ...]
 ) -> None:
     options = "--headless --users=2 --host=tls://localhost:1"
-    running = start(*LOCUST, *PLUGIN, *options.split(), *processes)
+    running = start(*QUICK_LOCUST, *PLUGIN, *options.split(), *processes)
     assert running.ends() == 1
     said = [line for line in running.output.splitlines() if "INFO" not in line]
     assert said == [f"locust: error: {NO_TLS}"]
 
 
+@pytest.mark.together
 def test_a_server_with_tls_typed_into_the_web_ui_is_a_failed_row_that_says_it(
     start: Start,
 ) -> None:
     web_ui = WebUI()
-    running = start(*LOCUST, *PLUGIN, *web_ui.options)
+    running = start(*QUICK_LOCUST, *PLUGIN, *web_ui.options)
     web_ui.swarm(user_count="3", host="tls://localhost:1", chat_wait="0.1")
 
     def failed() -> set[str]:

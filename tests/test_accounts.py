@@ -10,25 +10,31 @@ import re
 import shlex
 import signal
 import socket
-import sys
 import textwrap
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import accounts
 import gevent
 import pytest
 from gevent.event import Event
 from gevent.pool import Group
 from locust.exception import StopUser
-from programs import LOCUST, ROOT, Start, WebUI, bus_options, quiet, rows_of, wait_until
+from programs import (
+    QUICK_LOCUST,
+    ROOT,
+    Start,
+    WebUI,
+    bus_options,
+    quiet,
+    rows_of,
+    wait_until,
+)
 from rows import Run, RunUsers
 from servers import Serve, lines
 
 import locustfile
-
-sys.path.insert(0, str(ROOT / "plugins"))
-import accounts
 
 Write = Callable[[str], str]
 RunMembers = Callable[..., Run]
@@ -162,6 +168,7 @@ def test_what_is_wrong_with_a_file_is_said_without_its_secrets(
     assert str(caught.value) == f"--chat-accounts={path}: {fault}"
 
 
+@pytest.mark.together
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "text"),
     [
@@ -182,7 +189,7 @@ def test_a_run_without_its_file_ends_with_one_line_before_any_user_starts(
         "--headless",
         "--host=127.0.0.1:1",
     )
-    run = start(*LOCUST, *files, *arguments.split(), *bus_options())
+    run = start(*QUICK_LOCUST, *files, *arguments.split(), *bus_options())
     assert run.ends() == exit_code
     said = [line for line in run.output.splitlines() if "INFO" not in line]
     assert len(said) == 1 and said[0].startswith("locust: error: ") and said[0].endswith(text)
@@ -192,12 +199,13 @@ def test_without_a_user_class_that_needs_accounts_no_file_is_needed(run_users: R
     accounts.prepare(run_users(locustfile.ChatClient, "127.0.0.1:1").environment)
 
 
+@pytest.mark.together
 def test_the_plugin_listed_after_a_file_that_imports_it_is_told_with_one_line(
     start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "member.py").write_text(documented("member.py"))
     files = f"locustfile.py,{tmp_path / 'member.py'},plugins/accounts.py"
-    run = start(*LOCUST, "-f", files, "Member", PYTHONPATH=str(ROOT / "plugins"))
+    run = start(*QUICK_LOCUST, "-f", files, "Member", PYTHONPATH=str(ROOT / "plugins"))
     assert run.ends() == 1
     assert run.output.splitlines() == [
         "locust: error: list plugins/accounts.py before the files that import it"
@@ -341,6 +349,7 @@ def test_at_the_start_of_a_run_all_accounts_are_free(run_members: RunMembers) ->
 # --------------------------------------------------------------------------------------- commands
 
 
+@pytest.mark.together
 def test_the_documented_files_and_command(start: Start, serve: Serve, tmp_path: Path) -> None:
     for name in ("member.py", "members.csv"):
         (tmp_path / name).write_text(documented(name))
@@ -349,31 +358,31 @@ def test_the_documented_files_and_command(start: Start, serve: Serve, tmp_path: 
     command = re.sub(r"member\.py|members\.csv", rf"{tmp_path}/\g<0>", command)
     given = shlex.split(command)[1:]
     host = f"--host={serve(members).address}"
-    run = start(*LOCUST, *given, host, "--users=2", "--processes=2", *bus_options())
+    run = start(*QUICK_LOCUST, *given, host, "--users=2", "--processes=2", *bus_options())
     wait_until(lambda: len(members.logins) == 2)
     assert run.stop() == 0
     assert sorted(members.logins) == ["/login anna hush", "/login ben quiet, please"]
     assert quiet(run.output) and "accounts: " not in run.output
 
 
-@pytest.fixture
-def member_files(tmp_path: Path) -> tuple[str, ...]:
-    """Return the options that run the documented member with four accounts."""
-    (tmp_path / "member.py").write_text(documented("member.py"))
+def member_files(folder: Path, *more_files: str) -> tuple[str, ...]:
+    """Return the options that run the documented member, from a folder, with four accounts."""
+    (folder / "member.py").write_text(documented("member.py"))
     rows = "".join(f"user{number},hush\n" for number in range(4))
-    (tmp_path / "members.csv").write_text(f"name,password\n{rows}")
-    accounts_option = f"--chat-accounts={tmp_path / 'members.csv'}"
-    return "-f", f"{FILES},{tmp_path / 'member.py'}", "Member", accounts_option
+    (folder / "members.csv").write_text(f"name,password\n{rows}")
+    files = ",".join((FILES, str(folder / "member.py"), *more_files))
+    return "-f", files, "Member", f"--chat-accounts={folder / 'members.csv'}"
 
 
+@pytest.mark.together
 def test_too_few_accounts_for_two_processes_fail_the_run_with_one_line_at_its_end(
-    start: Start, serve: Serve, member_files: tuple[str, ...]
+    start: Start, serve: Serve, tmp_path: Path
 ) -> None:
     members = Members()
     server = serve(members)
     options = "--headless --processes=2 --users=7 --spawn-rate=7 --chat-timeout=1 --run-time=4"
     host = f"--host={server.address}"
-    run = start(*LOCUST, *member_files, *options.split(), host, *bus_options())
+    run = start(*QUICK_LOCUST, *member_files(tmp_path), *options.split(), host, *bus_options())
     assert run.ends() == 1
     assert server.opened == len(set(members.logins)) == len(members.logins) == 4
     assert rows_of(run.output)["connect"] == (4, 0)
@@ -386,13 +395,16 @@ def test_too_few_accounts_for_two_processes_fail_the_run_with_one_line_at_its_en
     assert ends == sorted(ends)
 
 
+@pytest.mark.together
 def test_each_run_in_the_web_ui_has_all_accounts_and_its_form_no_file(
-    start: Start, serve: Serve, member_files: tuple[str, ...]
+    start: Start, serve: Serve, tmp_path: Path
 ) -> None:
     members = Members()
     web_ui = WebUI()
     host = f"--host={serve(members).address}"
-    running = start(*LOCUST, *member_files, host, "--chat-timeout=1", *web_ui.options)
+    running = start(
+        *QUICK_LOCUST, *member_files(tmp_path), host, "--chat-timeout=1", *web_ui.options
+    )
     web_ui.swarm(user_count="5")
     running.prints("are in use (4), and users wait for one (1)")
     web_ui.stop()
@@ -406,16 +418,20 @@ def test_each_run_in_the_web_ui_has_all_accounts_and_its_form_no_file(
     assert "too few" not in running.output  # said of the last run, as the exit code
 
 
+@pytest.mark.together
 def test_a_lost_workers_accounts_go_to_others_and_its_users_stop_should_it_return(
-    start: Start, serve: Serve, member_files: tuple[str, ...], tmp_path: Path
+    start: Start, serve: Serve, tmp_path: Path
 ) -> None:
     members = Members()
     server = serve(members)
     bus = bus_options()
     options = "--headless --master --expect-workers=2 --enable-rebalancing --users=4 --spawn-rate=9"
     host = f"--host={server.address}"
-    master = start(*LOCUST, *member_files, *options.split(), host, *bus)
-    frozen, killed = (start(*LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path) for _ in range(2))
+    files = member_files(tmp_path, "tests/locustfiles/quick_heartbeat.py")
+    master = start(*QUICK_LOCUST, *files, *options.split(), host, *bus)
+    frozen, killed = (
+        start(*QUICK_LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path) for _ in range(2)
+    )
     wait_until(lambda: len(members.logins) == 4)
 
     frozen.process.send_signal(signal.SIGSTOP)

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import ssl
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from unittest import mock
 import gevent
 import gevent.monkey
 import pytest
-import trustme
+from certificates import Context
 from clients import Connect
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,34 +73,18 @@ def times_of(client: TCPSocketClient) -> tuple[float, float]:
     return float(before), float(after)
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def certificate(authority: trustme.CA, tmp_path: Path) -> Path:
-    path = tmp_path / "server.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
-    return path
-
-
 # ------------------------------------------------------------------------------ the time of arrival
 
 
 @needs_stamps
 @pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
 def test_a_generator_busy_between_arrival_and_read_is_not_in_the_times(
-    connect: Connect, rows: Rows, authority: trustme.CA, certificate: Path, is_tls: bool
+    connect: Connect, rows: Rows, certificates: Path, trusting: Context, is_tls: bool
 ) -> None:
-    def context() -> ssl.SSLContext:
-        made = ssl.create_default_context()
-        authority.configure_trust(made)
-        return made
-
     heard = Heard()
-    with ServerProcess(echo_with_news, 0.05, certificate=certificate if is_tls else None) as server:
-        client = connect(server.port, tls=context if is_tls else None, on_message=heard.take)
+    certificate = certificates / "good.pem" if is_tls else None
+    with ServerProcess(echo_with_news, 0.05, certificate=certificate) as server:
+        client = connect(server.port, tls=trusting if is_tls else None, on_message=heard.take)
         assert client.connect()
         started = perf_counter()
         hand_over(client, "hello")
@@ -142,6 +125,7 @@ sys.exit(locustfile.main(["127.0.0.1", sys.argv[1]]))
 """
 
 
+@pytest.mark.together
 def test_on_a_system_without_linuxs_options_messages_come_back_all_the_same(start: Start) -> None:
     with ServerProcess(echo) as server:
         running = start(sys.executable, "-c", ELSEWHERE, str(server.port))
@@ -294,13 +278,12 @@ def test_a_connection_that_was_accepted_in_time_is_open_however_late_that_is_see
 
 
 def test_a_handshake_that_the_server_answered_in_time_succeeds_however_late_that_is_seen(
-    connect: Connect, rows: Rows, authority: trustme.CA, certificate: Path
+    connect: Connect, rows: Rows, certificates: Path, trusting: Context
 ) -> None:
     """The server begins it 0.2 s after the connect, while the generator stands still."""
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    with ServerProcess(echo, certificate=certificate, handshake_after=0.2) as server:
-        client = connect(server.port, timeout=0.6, tls=lambda: context)
+    good = certificates / "good.pem"
+    with ServerProcess(echo, certificate=good, handshake_after=0.2) as server:
+        client = connect(server.port, timeout=0.6, tls=trusting)
         connecting = gevent.spawn(client.connect)
         gevent.sleep(0.1)
         busy(0.8)
@@ -311,6 +294,7 @@ PAUSED_SECONDS = 1.5
 RUN_OPTIONS = "--headless --users=20 --spawn-rate=20 --chat-wait=0.01 --chat-timeout=1"
 
 
+@pytest.mark.together
 @needs_stamps
 def test_a_generator_that_is_stopped_reports_no_failure_and_says_that_it_stood_still(
     start: Start,

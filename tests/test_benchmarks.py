@@ -57,6 +57,7 @@ def figure(text: str, before: str) -> float:
     return float(match[1])
 
 
+@pytest.mark.together
 def test_each_comparison_of_the_readme_and_no_other_can_be_asked_for(start: Start) -> None:
     code, output = run(start, f"{COMMANDS[0]} --only nothing")
     assert code == 2
@@ -65,12 +66,14 @@ def test_each_comparison_of_the_readme_and_no_other_can_be_asked_for(start: Star
     assert re.findall(r"\w+", choices[1]) == NAMES
 
 
+@pytest.mark.together
 def test_figures_of_a_trial_are_not_written(start: Start) -> None:
     code, output = run(start, f"{command_with('--write')} --quick")
     assert code == 2
     assert "leave out --write" in output
 
 
+@pytest.mark.together
 def test_comparisons_print_their_rows(start: Start) -> None:
     command = command_with("--only paused delivery")
     code, output = run(start, f"{command} look_up --quick")
@@ -85,6 +88,7 @@ def test_comparisons_print_their_rows(start: Start) -> None:
         assert "look_up skipped: a network of its own" in output
 
 
+@pytest.mark.together
 def test_what_a_missing_program_stands_in_the_way_of_says_what_to_install(
     start: Start, tmp_path: Path
 ) -> None:
@@ -99,6 +103,7 @@ def test_what_a_missing_program_stands_in_the_way_of_says_what_to_install(
     assert "failed: peers\n" in running.output
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("way", ["", "--tls", "--rate=20"])
 def test_two_versions_are_compared_in_one_process(way: str, start: Start) -> None:
     program("openssl")
@@ -125,6 +130,7 @@ def write_row(start: Start, folder: Path, processors: int, name: str) -> None:
     assert running.ends() == 0, running.output
 
 
+@pytest.mark.together
 @pytest.mark.parametrize(
     ("processors", "kept"),
     [(2, True), (3, False)],

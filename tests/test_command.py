@@ -12,7 +12,6 @@ from pathlib import Path
 import gevent
 import pytest
 from programs import (
-    FIXED_ROWS,
     LOCUST,
     ROOT,
     Start,
@@ -24,6 +23,7 @@ from programs import (
 from servers import Answers, Serve, free_port, silent, with_the_line
 
 
+@pytest.mark.together
 def test_the_trial_needs_no_server_ends_by_itself_and_prints_the_three_rows(start: Start) -> None:
     options = "--headless --users 20 --spawn-rate 20 --run-time 3s --echo-server"
     running = start(*LOCUST, *options.split(), TCP_PORT=str(free_port()))
@@ -36,6 +36,7 @@ def test_the_trial_needs_no_server_ends_by_itself_and_prints_the_three_rows(star
     assert quiet(running.output)
 
 
+@pytest.mark.together
 def test_a_failure_is_the_exit_code_one_and_a_row(start: Start) -> None:
     running = start(*LOCUST, "--headless", f"--host=127.0.0.1:{free_port()}", "--run-time=1s")
     assert running.ends() == 1
@@ -44,16 +45,15 @@ def test_a_failure_is_the_exit_code_one_and_a_row(start: Start) -> None:
     assert "Traceback" not in running.output
 
 
+@pytest.mark.together
 def test_json_csv_and_html_tell_sub_millisecond_round_trips_apart(
     start: Start, tmp_path: Path
 ) -> None:
-    fixed_rows = tmp_path / "fixed_rows.py"
-    fixed_rows.write_text(FIXED_ROWS)
     options = "--headless --echo-server --run-time=3s"  # the CSV is written every second
     reports = f"--csv={tmp_path}/run --html={tmp_path}/run.html --json-file={tmp_path}/run"
     running = start(
         *LOCUST,
-        *("-f", f"locustfile.py,{fixed_rows}"),
+        *("-f", "locustfile.py,tests/locustfiles/fixed_rows.py"),
         *options.split(),
         *reports.split(),
         TCP_PORT=str(free_port()),
@@ -71,6 +71,7 @@ def test_json_csv_and_html_tell_sub_millisecond_round_trips_apart(
     assert {row["name"]: row["0.5"] for row in shown}["fixed"] == 0.46
 
 
+@pytest.mark.together
 @pytest.mark.parametrize(
     ("how", "wait"),
     [(signal.SIGINT, "0"), (signal.SIGINT, "1-3"), (signal.SIGTERM, "0")],
@@ -92,6 +93,7 @@ def test_a_signal_ends_the_run_quietly_and_closes_every_connection(
     wait_until(lambda: server.open == 0)
 
 
+@pytest.mark.together
 def test_with_a_stop_timeout_a_run_ends_quietly_and_with_every_echo(
     start: Start, serve: Serve
 ) -> None:
@@ -109,6 +111,7 @@ def test_with_a_stop_timeout_a_run_ends_quietly_and_with_every_echo(
     assert quiet(running.output)
 
 
+@pytest.mark.together
 def test_a_run_against_a_server_that_never_answers_does_not_await_the_timeout_and_exits_1(
     start: Start, serve: Serve
 ) -> None:
@@ -132,6 +135,7 @@ def check_tags(received: list[bytes]) -> None:
     assert set(tags.values()) == {1}
 
 
+@pytest.mark.together
 def test_master_and_workers_add_up_to_what_the_server_counted(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_master_and_workers_add_up_to_what_the_server_counted(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.together
 def test_two_processes_of_one_command_add_up_and_their_tags_stay_unique(
     start: Start, serve: Serve
 ) -> None:
@@ -179,6 +184,7 @@ def test_two_processes_of_one_command_add_up_and_their_tags_stay_unique(
     assert quiet(running.output)
 
 
+@pytest.mark.together
 def test_two_processes_share_the_built_in_echo_server_of_their_master(start: Start) -> None:
     options = (
         "--processes=2 --headless --users=4 --spawn-rate=9 "
@@ -192,6 +198,7 @@ def test_two_processes_share_the_built_in_echo_server_of_their_master(start: Sta
     assert quiet(running.output)
 
 
+@pytest.mark.together
 def test_the_file_works_alone_next_to_any_server_with_its_options_in_the_environment(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:

@@ -10,38 +10,32 @@ import re
 import shlex
 import signal
 import socket
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import NamedTuple
 
+import delivery
 import gevent
 import psutil
 import pytest
 from gevent.event import Event
 from locust.env import Environment
 from programs import (
-    FREQUENT_REPORTS,
-    LOCUST,
+    QUICK_LOCUST,
     ROOT,
     Program,
+    Start,
     WebUI,
     bus_options,
     latest_counts,
     wait_until,
 )
 from rows import Rows
-from servers import Handler, Server, lines
+from servers import Handler, Serve, Server, lines
 
 import locustfile
 
-sys.path.insert(0, str(ROOT / "plugins"))
-
-import delivery
-
-Serve = Callable[..., Server]
-Start = Callable[..., Program]
 Fault = Callable[[int, bytes], list[bytes]]
 Meet = Callable[[Handler], "Meeting"]
 END = b"that was all"  # no fault of a room touches it, and it carries no stamp
@@ -1299,14 +1293,7 @@ def entries(output: str) -> dict[str, dict[str, float]]:
 
 QUICK = "--headless --users=4 --spawn-rate=4 --run-time=10m --chat-wait=0.1 --chat-timeout=1 --json"
 ONE_PROCESS = ("-f", "plugins/delivery.py")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Return what lists the files and the class, with a file that makes workers report often."""
-    often = tmp_path_factory.mktemp("files") / "often.py"
-    often.write_text(FREQUENT_REPORTS)
-    return ("-f", f"locustfile.py,plugins/delivery.py,{often}", "RoomClient")
+FILES = ("-f", "locustfile.py,plugins/delivery.py", "RoomClient")
 
 
 def losing_every_seventh(count: int, line: bytes) -> list[bytes]:
@@ -1345,7 +1332,7 @@ class Case(NamedTuple):
     room: Room
     is_shown: Callable[[Program, Room], bool]
     options: tuple[str, ...] = ()
-    command: str = ""  # where it is not that of ``files``; what comes later wins over it
+    command: str = ""  # where it is not that of FILES; what comes later wins over it
 
 
 class Ended(NamedTuple):
@@ -1390,7 +1377,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def ended(files: tuple[str, ...]) -> Iterator[dict[str, Ended]]:
+def ended() -> Iterator[dict[str, Ended]]:
     """Return the runs of all cases, which were made at the same time, as they wait a lot."""
     servers = {name: Server(case.room) for name, case in CASES.items()}
     running: dict[str, Program] = {}
@@ -1398,8 +1385,8 @@ def ended(files: tuple[str, ...]) -> Iterator[dict[str, Ended]]:
         for name, case in CASES.items():
             options = (*QUICK.split(), *bus_options(), *case.options)
             host = f"--host={servers[name].address}"
-            given = shlex.split(case.command)[1:] or files
-            running[name] = Program(*LOCUST, *given, host, *options)
+            given = shlex.split(case.command)[1:] or FILES
+            running[name] = Program(*QUICK_LOCUST, *given, host, *options)
         for name, case in CASES.items():
             wait_until(lambda: case.is_shown(running[name], case.room))  # noqa: B023  # at once
         codes = {name: program.stop() for name, program in running.items()}
@@ -1482,12 +1469,15 @@ def test_a_run_that_is_too_short_to_judge_says_so(ended: dict[str, Ended]) -> No
     assert "reach unknown" in output
 
 
+@pytest.mark.together
 def test_a_generator_that_is_stopped_for_longer_than_the_timeout_loses_nothing(
     serve: Serve, start: Start
 ) -> None:
     room = Room(echoes=1)
     host = f"--host={serve(room).address}"
-    running = start(*LOCUST, *ONE_PROCESS, host, *QUICK.split(), "--chat-wait=0", "--users=20")
+    running = start(
+        *QUICK_LOCUST, *ONE_PROCESS, host, *QUICK.split(), "--chat-wait=0", "--users=20"
+    )
     wait_until(lambda: latest_counts(running, "delivery").successes > 1000)
     running.process.send_signal(signal.SIGSTOP)
     gevent.sleep(2.5)
@@ -1500,14 +1490,15 @@ def test_a_generator_that_is_stopped_for_longer_than_the_timeout_loses_nothing(
     assert counts["reached"] > 0
 
 
+@pytest.mark.together
 def test_a_worker_that_gets_the_files_from_its_master_tells_it_what_was_lost(
-    serve: Serve, start: Start, files: tuple[str, ...]
+    serve: Serve, start: Start
 ) -> None:
     room = Room(losing_every_seventh, echoes=1)
     bus = bus_options()
     options = (f"--host={serve(room).address}", *QUICK.split())
-    master = start(*LOCUST, *files, "--master", "--expect-workers=1", *options, *bus)
-    worker = start(*LOCUST, "-f", "-", "--worker", *bus)
+    master = start(*QUICK_LOCUST, *FILES, "--master", "--expect-workers=1", *options, *bus)
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus)
     wait_until(lambda: latest_counts(master, "delivery").failures > 0)
     assert master.stop() == 1
     worker.ends()
@@ -1520,24 +1511,24 @@ def test_a_worker_that_gets_the_files_from_its_master_tells_it_what_was_lost(
     assert "delivery: " not in worker.output
 
 
-def test_the_figures_of_a_worker_that_dies_are_kept(
-    serve: Serve, start: Start, files: tuple[str, ...]
-) -> None:
+@pytest.mark.together
+def test_the_figures_of_a_worker_that_dies_are_kept(serve: Serve, start: Start) -> None:
     room = Room(echoes=1)
     bus = bus_options()
     options = (f"--host={serve(room).address}", *QUICK.split())
-    master = start(*LOCUST, *files, "--master", "--expect-workers=1", *options, *bus)
-    worker = start(*LOCUST, "-f", "-", "--worker", *bus)
+    master = start(*QUICK_LOCUST, *FILES, "--master", "--expect-workers=1", *options, *bus)
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus)
     wait_until(lambda: latest_counts(master, "delivery").successes > 100)
     worker.kill()
     master.stop()
     assert figures(master.output)["arrived"] > 100
 
 
+@pytest.mark.together
 def test_each_run_in_the_web_ui_is_summed_up_by_itself(serve: Serve, start: Start) -> None:
     web_ui = WebUI()
     options = (f"--host={serve(Room(echoes=1)).address}", "--chat-wait=0.1", *web_ui.options)
-    running = start(*LOCUST, *ONE_PROCESS, *options, cwd=ROOT)
+    running = start(*QUICK_LOCUST, *ONE_PROCESS, *options, cwd=ROOT)
 
     def arrived() -> list[int]:
         counts = re.findall(r"delivery: ([\d,]+) arrived", running.output)
@@ -1557,10 +1548,11 @@ def test_each_run_in_the_web_ui_is_summed_up_by_itself(serve: Serve, start: Star
     assert len(arrived()) == 2
 
 
+@pytest.mark.together
 def test_a_web_ui_in_which_nobody_starts_a_run_has_not_failed(serve: Serve, start: Start) -> None:
     web_ui = WebUI()
     host = f"--host={serve(Room()).address}"
-    running = start(*LOCUST, *ONE_PROCESS, host, *web_ui.options, cwd=ROOT)
+    running = start(*QUICK_LOCUST, *ONE_PROCESS, host, *web_ui.options, cwd=ROOT)
     running.prints("Starting web interface")
     wait_until(web_ui.statistics)
     assert running.stop() == 0

@@ -72,11 +72,13 @@ def test_the_suite_is_run_by_the_same_command_as_in_the_readme() -> None:
     assert command_with("python3 -m venv") in readme.replace(".venv/bin/", "")
 
 
+@pytest.mark.together
 def test_more_cases_of_a_hostile_server_can_be_asked_for(start: Start) -> None:
     command = shortened(command_with("HOSTILE_CASES"), "100000", "5")
     assert re.search(r"\d+ passed", run(start, command))
 
 
+@pytest.mark.together
 def test_what_the_tests_do_not_reach_can_be_listed(start: Start, tmp_path: object) -> None:
     command = shortened(
         command_with("coverage run"), "-m pytest", "-m pytest tests/test_framing.py -k prefix"
@@ -85,11 +87,13 @@ def test_what_the_tests_do_not_reach_can_be_listed(start: Start, tmp_path: objec
     assert re.search(r"^locustfile\.py +\d+", output, re.MULTILINE)
 
 
+@pytest.mark.together
 def test_the_two_ways_to_find_a_tag_can_be_timed(start: Start) -> None:
     output = run(start, command_with("timeit").replace("-m timeit", "-m timeit -n 1 -r 1"))
     assert output.count("sec per loop") == 2
 
 
+@pytest.mark.together
 def test_the_plugin_of_the_document_works(start: Start, serve: Serve, tmp_path: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     (tmp_path / "plugins").mkdir()
@@ -112,6 +116,7 @@ def test_the_plugin_of_the_document_works(start: Start, serve: Serve, tmp_path: 
     assert set(rows_of(running.output)) == {"connect", "send_chat", "echo_response", "heard"}
 
 
+@pytest.mark.together
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the project's git history")
 def test_two_versions_are_compared_in_one_process(start: Start, tmp_path: object) -> None:
     program("git")

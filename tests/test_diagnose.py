@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import re
 import shlex
@@ -14,22 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import diagnose
 import gevent
 import pytest
-import trustme
+from certificates import secure, server_context
 from gevent.lock import BoundedSemaphore
 from gevent.pywsgi import WSGIServer
-from programs import PATH, ROOT, Program
-from servers import Handler, Server, echo, free_port, hang_up, says, silent
+from programs import PATH, ROOT, Program, Start
+from servers import Handler, Serve, Server, echo, free_port, hang_up, says, silent
 
 import locustfile
 
-sys.path.insert(0, str(ROOT / "plugins"))
-
-import diagnose
-
-Start = Callable[..., Program]
-Serve = Callable[..., Server]
 Wrap = Callable[[bytes], bytes]
 
 FRAMINGS = ("line", "crlf", "raw", "nul", ">H", "<H", ">I", "<I")
@@ -357,49 +351,22 @@ COMMANDS_TO_RUN = {
 }
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a trusted authority (ca.pem), and certificates with their keys.
-
-    good.pem is right, other.pem for another name, unknown.pem of another authority, expired.pem of
-    that one, too.
-    """
-    folder = tmp_path_factory.mktemp("certificates")
-    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    trusted, unknown = trustme.CA(), trustme.CA()
-    trusted.cert_pem.write_to_path(folder / "ca.pem")
-    unknown.cert_pem.write_to_path(folder / "other-ca.pem")
-    issued = {
-        "good.pem": trusted.issue_cert("127.0.0.1"),
-        "other.pem": trusted.issue_cert("chat.example.com"),
-        "unknown.pem": unknown.issue_cert("127.0.0.1"),
-        "expired.pem": unknown.issue_cert("127.0.0.1", not_after=yesterday),
-    }
-    for name, certificate in issued.items():
-        certificate.private_key_and_cert_chain_pem.write_to_path(folder / name)
-    return folder
-
-
-def secure(handler: Handler, certificate: Path, client_authority: Path | None = None) -> Handler:
-    """Return a handler that shakes hands, and then does what the other one does."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    if client_authority is not None:
-        context.maximum_version = ssl.TLSVersion.TLSv1_2  # later, it is refused after the handshake
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(client_authority)
-
-    def handle(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as wrapped_socket:
-            handler(wrapped_socket)
-
-    return handle
+def context_that_asks(certificate: Path, client_authority: Path) -> ssl.SSLContext:
+    """Return the context of a server that wants a certificate of its client."""
+    context = server_context(certificate)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # later, it is refused after the handshake
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(client_authority)
+    return context
 
 
 def tls_cases(folder: Path) -> dict[str, Case]:
     """Return servers with TLS."""
-    good = folder / "good.pem"
-    unknown = folder / "unknown.pem"
+    good = server_context(folder / "good.pem")
+    unknown = server_context(folder / "unknown.pem")
+    other = server_context(folder / "other.pem")
+    expired = server_context(folder / "unknown-expired.pem")
+    asking = context_that_asks(folder / "good.pem", folder / "ca.pem")
     return {
         **{
             f"TLS {framing}": Case(
@@ -421,14 +388,14 @@ def tls_cases(folder: Path) -> dict[str, Case]:
             secure(Chat(">I", repeat), unknown), tls_command(">I", "full", Path("ca.pem"))
         ),
         "TLS of another name": Case(
-            secure(echo, folder / "other.pem"), "the TLS certificate is not valid: IP address mis"
+            secure(echo, other), "the TLS certificate is not valid: IP address mis"
         ),
         "TLS not trusted and expired": Case(
-            secure(echo, folder / "expired.pem"),
+            secure(echo, expired),
             "the TLS certificate is not valid: certificate has expired",
         ),
         "TLS for certain clients": Case(
-            secure(echo, good, folder / "ca.pem"),
+            secure(echo, asking),
             "the server speaks TLS, but TLS failed: ",
         ),
     }
@@ -487,7 +454,7 @@ def answer_of(address: str) -> str:
 
 def code_of(line: str, certificates: Path) -> int:
     """Run a command as a shell does, with the file that it asks for; return its exit code."""
-    line = line.replace("SSL_CERT_FILE=ca.pem", f"SSL_CERT_FILE={certificates / 'other-ca.pem'}")
+    line = line.replace("SSL_CERT_FILE=ca.pem", f"SSL_CERT_FILE={certificates / 'unknown-ca.pem'}")
     running = Program("sh", "-c", line, PATH=PATH)
     try:
         return running.ends()
@@ -522,6 +489,7 @@ def diagnosis(start: Start, *arguments: str, **variables: str) -> Program:
     return start(sys.executable, ROOT / "plugins" / "diagnose.py", *arguments, **variables)
 
 
+@pytest.mark.together
 def test_the_last_line_is_the_command_where_answers_take_a_second(
     start: Start, serve: Serve
 ) -> None:
@@ -535,6 +503,7 @@ def test_the_last_line_is_the_command_where_answers_take_a_second(
     assert last == command("line", "full") + str(server.port)
 
 
+@pytest.mark.together
 def test_a_refused_connection_is_one_line_and_code_1(start: Start) -> None:
     asking = diagnosis(start, "127.0.0.1", str(free_port()))
     assert asking.ends() == 1
@@ -600,6 +569,7 @@ def test_it_does_not_look_like_a_refusal(answer: str) -> None:
     assert not diagnose.REFUSAL.search(answer)
 
 
+@pytest.mark.together
 def test_an_http_server_is_named_and_code_1(start: Start) -> None:
     server = WSGIServer(("127.0.0.1", 0), lambda _environ, _respond: [], log=None, error_log=None)
     server.start()
@@ -611,6 +581,7 @@ def test_an_http_server_is_named_and_code_1(start: Start) -> None:
     assert asking.output.splitlines()[-1].startswith("no command works: it is an HTTP server")
 
 
+@pytest.mark.together
 def test_what_came_is_escaped_and_cut(start: Start, serve: Serve) -> None:
     def hostile(connection: socket.socket) -> None:
         connection.sendall(b"\x1b[31mred\x07\x00\xe2\x80\xae" + b"x" * 5000)
@@ -634,12 +605,14 @@ def test_wrong_arguments_are_one_line_and_code_2(
     assert re.fullmatch(r".+: error: .+\n", capsys.readouterr().err)
 
 
+@pytest.mark.together
 def test_tls_that_is_asked_for_and_not_spoken_is_code_1(start: Start, serve: Serve) -> None:
     asking = diagnosis(start, f"tls://{serve(echo).address}")
     assert asking.ends() == 1
     assert asking.output.splitlines()[-1] == "no command works: the server does not speak TLS"
 
 
+@pytest.mark.together
 def test_an_interrupt_ends_it_quietly(start: Start, serve: Serve) -> None:
     asking = diagnosis(start, serve(Chat("line", None, greeting=b"Welcome!\n")).address)
     asking.prints("greeting: ")

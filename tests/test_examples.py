@@ -5,7 +5,6 @@ Real servers of these protocols are in ``test_real_servers.py``.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import re
@@ -13,25 +12,46 @@ import shutil
 import socket
 import ssl
 import struct
-import sys
-import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import binary_header
+import cp949
+import game_header
 import gevent
+import irc
+import json_lines
+import no_newline
+import plain_room
+import prompts
 import pytest
-import trustme
+import stomp
+import xmpp
 from clients import Connect
+from example_files import (
+    FOLDER,
+    LOGIN_ROWS,
+    NAMES,
+    Change,
+    changed,
+    client_of,
+    command_with,
+    documented_command,
+    run_command,
+    source_of,
+    trusting_class,
+    user_of,
+    users_in,
+)
 from programs import (
     LOCUST,
-    PATH,
     ROOT,
-    Counts,
     Program,
     Start,
     bus_options,
     latest_counts,
     rows_of,
+    stopped,
     wait_until,
 )
 from rows import Rows, RunUsers
@@ -45,73 +65,7 @@ from locustfile import (
     MessageTooLong,
     RawFraming,
     TCPChatUser,
-    TCPSocketClient,
 )
-
-sys.path.insert(0, str(ROOT / "plugins"))
-sys.path.insert(0, str(ROOT / "examples"))
-import binary_header
-import cp949
-import game_header
-import irc
-import json_lines
-import no_newline
-import plain_room
-import prompts
-import stomp
-import xmpp
-
-FOLDER = ROOT / "examples"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
-LOGIN_ROWS = {"connect", "send_chat", "login", "echo_response"}
-HOOKS_OF_EXAMPLES = ("on_connect", "compose", "expected", "is_refusal", "on_message")
-
-Change = tuple[str, str]
-
-
-def source_of(name: str, *changes: Change) -> str:
-    """Return the text of an example after changes, each of which replaces a text in it."""
-    source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    for old, new in changes:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    return source
-
-
-def changed(name: str, *changes: Change) -> types.ModuleType:
-    """Return an example as a module, after changes that its first lines describe."""
-    module = types.ModuleType(name)
-    exec(source_of(name, *changes), vars(module))
-    return module
-
-
-def users_in(module: types.ModuleType) -> list[type[TCPChatUser]]:
-    """Return the user classes that a module defines."""
-    return [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, TCPChatUser)
-    ]
-
-
-def user_of(name: str, *changes: Change) -> type[TCPChatUser]:
-    """Return the one user class of an example, after changes."""
-    (user_class,) = users_in(changed(name, *changes))
-    return user_class
-
-
-def client_of(
-    connect: Connect, port: int, user_class: type[TCPChatUser], **settings: object
-) -> TCPSocketClient:
-    """Return a client with the hooks and the settings of a user class, without a run."""
-    user = user_class.__new__(user_class)
-    hooks = {name: getattr(user, name) for name in HOOKS_OF_EXAMPLES}
-    if "tls_context" in vars(user_class):
-        hooks["tls_context"] = user.tls_context
-    keywords = {"framing": user.framing, "echo": user.echo, "encoding": user.encoding, **settings}
-    user.client = connect(port, **hooks, **keywords)
-    return user.client
-
 
 # -------------------------------------------------------------------------------- scripted servers
 
@@ -343,61 +297,7 @@ def receive_until(connection: socket.socket, end: bytes) -> None:
         data += more
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file of an authority; beside it is ``good.pem``, of this machine, with its key."""
-    folder = tmp_path_factory.mktemp("certificates")
-    certificates = trustme.CA()
-    certificates.cert_pem.write_to_path(folder / "ca.pem")
-    issued = certificates.issue_cert("localhost", "127.0.0.1")
-    issued.private_key_and_cert_chain_pem.write_to_path(folder / "good.pem")
-    return folder / "ca.pem"
-
-
-@pytest.fixture
-def certificate(authority: Path) -> ssl.SSLContext:
-    """Return the context of a server with the good certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(authority.with_name("good.pem"))
-    return context
-
-
 # ---------------------------------------------------------------------------------------- commands
-
-
-def documented_command(name: str) -> str:
-    """Return the command in the first lines of an example, in one line."""
-    documentation = changed(name).__doc__ or ""
-    indented = re.search(r"^    (locust (?:.*\\\n)*.*)", documentation, re.MULTILINE)
-    assert indented is not None
-    return re.sub(r"\\\n\s*", "", indented[1])
-
-
-def command_with(name: str, port: int, users: int) -> str:
-    """Return the documented command for these users of a server; the test ends the run."""
-    command = documented_command(name)
-    values = {"host": f"127.0.0.1:{port}", "users": str(users), "spawn-rate": str(users)}
-    for option, value in {**values, "run-time": "4m"}.items():
-        command, found = re.subn(rf"--{option}=\S+", f"--{option}={value}", command)
-        assert found == 1
-    return command
-
-
-def run_command(
-    start: Start, command: str, folder: Path = ROOT, wait: str = "0.1", **variables: str
-) -> Program:
-    """Start a command of an example in a shell."""
-    shell = ("bash", "-euo", "pipefail", "-c", f"exec {command}")
-    return start(*shell, cwd=folder, PATH=PATH, CHAT_WAIT=wait, **variables)
-
-
-def stopped(running: Program) -> dict[str, Counts]:
-    """Stop a run without failures; return the counts of its rows."""
-    assert running.stop() == 0, running.output
-    assert not re.search("Traceback|ERROR|CRITICAL|Error report", running.output), running.output
-    rows = rows_of(running.output)
-    assert all(counts.failures == 0 for counts in rows.values()), running.output
-    return rows
 
 
 SERVERS: dict[str, tuple[Callable[[], Handler], set[str]]] = {
@@ -444,10 +344,10 @@ def test_the_command_of_an_example_loads_the_server_that_it_is_for(
 
 
 def test_the_command_of_the_xmpp_example_loads_a_room_that_wants_tls(
-    start: Start, serve: Serve, authority: Path, certificate: ssl.SSLContext
+    start: Start, serve: Serve, certificates: Path, identity: ssl.SSLContext
 ) -> None:
-    command = command_with("xmpp", serve(XmppServer(certificate)).port, users=4)
-    running = run_command(start, command, SSL_CERT_FILE=str(authority))
+    command = command_with("xmpp", serve(XmppServer(identity)).port, users=4)
+    running = run_command(start, command, SSL_CERT_FILE=str(certificates / "ca.pem"))
     wait_until(lambda: latest_counts(running, "echo_response").successes > 20)
     rows = stopped(running)
     assert set(rows) == {*LOGIN_ROWS, "starttls"}
@@ -479,6 +379,7 @@ class Accounts(Answers):
         return {line for line in self.received if line.startswith(b"/login")}
 
 
+@pytest.mark.together
 def test_each_user_of_the_login_example_has_an_account_and_a_refused_one_is_a_failed_row(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -507,6 +408,7 @@ def test_each_user_of_the_login_example_has_an_account_and_a_refused_one_is_a_fa
     assert "Traceback" not in master.output
 
 
+@pytest.mark.together
 def test_an_example_is_copied_beside_the_core_and_run_from_there(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -518,6 +420,7 @@ def test_an_example_is_copied_beside_the_core_and_run_from_there(
     stopped(running)
 
 
+@pytest.mark.together
 def test_all_examples_can_be_listed_behind_the_core(start: Start) -> None:
     files = ["locustfile.py", "plugins/accounts.py", *(f"examples/{name}.py" for name in NAMES)]
     listing = start(*LOCUST, "-f", ",".join(files), "--list")
@@ -635,31 +538,22 @@ def test_a_refused_xmpp_login_is_one_failed_row(
     connect: Connect,
     rows: Rows,
     serve: Serve,
-    authority: Path,
-    certificate: ssl.SSLContext,
+    certificates: Path,
+    identity: ssl.SSLContext,
     refusal: bytes,
 ) -> None:
-    port = serve(XmppServer(certificate, refusal)).port
-    client = client_of(connect, port, trusting(xmpp.XmppUser, authority))
+    port = serve(XmppServer(identity, refusal)).port
+    client = client_of(connect, port, trusting_class(xmpp.XmppUser, certificates / "ca.pem"))
     assert client.send_chat("hello") is None
     counts = rows.counts()
     assert counts["login: EchoRefused"] == counts["starttls"] == 1
     assert set(counts) == {"connect", "send_chat", "login", "starttls", "login: EchoRefused"}
 
 
-def trusting(user_class: type[TCPChatUser], authority: Path) -> type[TCPChatUser]:
-    """Return a class like this one that trusts an authority."""
-
-    def tls_context() -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=authority)
-
-    return type(user_class.__name__, (user_class,), {"tls_context": staticmethod(tls_context)})
-
-
 def test_a_certificate_that_is_not_trusted_is_a_failed_starttls_and_nothing_more_is_sent(
-    connect: Connect, rows: Rows, serve: Serve, certificate: ssl.SSLContext
+    connect: Connect, rows: Rows, serve: Serve, identity: ssl.SSLContext
 ) -> None:
-    port = serve(XmppServer(certificate)).port
+    port = serve(XmppServer(identity)).port
     assert client_of(connect, port, xmpp.XmppUser).send_chat("hello") is None
     assert rows.counts() == {
         "connect": 1,

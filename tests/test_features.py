@@ -16,7 +16,7 @@ from typing import Any
 import gevent
 import gevent.monkey
 import pytest
-import trustme
+from certificates import Context, secure
 from clients import Connect
 from gevent.event import Event
 from locust import constant, task
@@ -313,6 +313,7 @@ def test_an_encoding_that_does_not_keep_ascii_or_that_is_none_is_refused(
     assert "keeps ASCII" in str(chat.errors)
 
 
+@pytest.mark.together
 def test_an_encoding_is_refused_on_the_command_line_with_one_line(start: Start) -> None:
     running = start(*STANDALONE, "--chat-encoding=utf-16")
     assert running.ends() == 2
@@ -549,6 +550,7 @@ class Member(locustfile.ChatClient):
 """
 
 
+@pytest.mark.together
 def test_what_a_login_raises_is_told_bounded_escaped_and_in_few_kinds(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -616,31 +618,12 @@ def test_an_echo_function_that_raises_whatever_it_is_ends_its_connection_alone(
     assert client.send_chat("hello") is not None
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    """Return an authority for certificates."""
-    return trustme.CA()
-
-
-@pytest.fixture
-def secure_echo(authority: trustme.CA) -> Handler:
-    """Return a handler that shakes hands, and sends every byte back."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-
-    def handler(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as wrapped:
-            echo(wrapped)
-
-    return handler
-
-
 @pytest.mark.parametrize("kind", ["method", "function", "static method"])
 def test_tls_context_may_be_a_method_or_a_function(
     serve: Serve,
     run_users: RunUsers,
-    authority: trustme.CA,
-    secure_echo: Handler,
+    trusting: Context,
+    identity: ssl.SSLContext,
     kind: str,
 ) -> None:
     """A function makes one context for all users, a method one for each."""
@@ -648,9 +631,7 @@ def test_tls_context_may_be_a_method_or_a_function(
 
     def make(owner: object) -> ssl.SSLContext:
         made.append(owner)
-        context = ssl.create_default_context()
-        authority.configure_trust(context)
-        return context
+        return trusting()
 
     def method(user: TCPChatUser) -> ssl.SSLContext:
         return make(user)
@@ -660,7 +641,8 @@ def test_tls_context_may_be_a_method_or_a_function(
 
     kinds = {"method": method, "function": function, "static method": staticmethod(function)}
     secure_class = type("Secure", (ChatClient,), {"tls_context": kinds[kind]})
-    chat = run_users(secure_class, f"tls://{serve(secure_echo).address}", users=3, chat_wait="0.01")
+    host = f"tls://{serve(secure(echo, identity)).address}"
+    chat = run_users(secure_class, host, users=3, chat_wait="0.01")
     wait_until(lambda: chat.count("echo_response") > 20)
     assert not chat.errors
     assert len(made) == len(set(map(id, made))) == (3 if kind == "method" else 1)
@@ -784,6 +766,7 @@ def test_on_echo_has_each_good_echo_after_its_row_with_the_tag_if_there_is_one(
     assert before < times[0] and times == sorted(times) and times[-1] < time.perf_counter()
 
 
+@pytest.mark.together
 def test_error_texts_are_there_without_docstrings(start: Start, serve: Serve) -> None:
     coming = iter((b"cut", b"altered", b"hang up", b"", b""))
 

@@ -11,28 +11,32 @@ import shlex
 import shutil
 import signal
 import socket
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+import delivery
+import find_capacity
 import gevent
 import pytest
+import verdict
+from find_capacity import Plan, Step, Timer
 from locust.argument_parser import get_parser
 from locust.env import Environment
 from locust.runners import STATE_RUNNING
-from programs import FREQUENT_REPORTS, LOCUST, ROOT, Program, Start, WebUI, bus_options, wait_until
+from programs import (
+    QUICK_LOCUST,
+    ROOT,
+    Program,
+    Start,
+    WebUI,
+    bus_options,
+    wait_until,
+)
 from rows import fire
 from servers import Answers, Handler, Serve, Server, echo, lines, with_the_line
 
 import locustfile
-
-sys.path.insert(0, str(ROOT / "plugins"))
-
-import delivery
-import find_capacity
-import verdict
-from find_capacity import Plan, Step, Timer
 
 FILES = "locustfile.py,plugins/find_capacity.py"
 
@@ -268,21 +272,9 @@ def test_the_search(
 
 # ------------------------------------------------------------------------------------- whole runs
 
-SHORT_SETTLING = """
-import find_capacity
-
-find_capacity.SETTLING = 0.2
-"""
+QUICK_FILES = f"{FILES},tests/locustfiles/short_settling.py"
 # Limits that a machine ten times slower keeps.
 LIMITS = "--capacity-step=2 --capacity-step-time=0.5 --capacity-max-p95=1000 --capacity-max-users=6"
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file for ``-f`` that makes the fixed pauses shorter."""
-    path = tmp_path_factory.mktemp("quick") / "quick.py"
-    path.write_text(FREQUENT_REPORTS + SHORT_SETTLING)
-    return path
 
 
 def arguments(server: Server, more: str = "") -> list[str]:
@@ -290,12 +282,12 @@ def arguments(server: Server, more: str = "") -> list[str]:
     return [f"--host={server.address}", *bus_options(), *LIMITS.split(), *more.split()]
 
 
-def documented(more_files: Path) -> list[str]:
-    """Return the arguments of the command that the first lines show, with more files."""
+def documented() -> list[str]:
+    """Return the arguments of the command that the first lines show, with shorter pauses."""
     text = find_capacity.__doc__ or ""
     program, option, files, *rest = shlex.split(text.split("\n\n")[1])
     assert (program, option, files) == ("locust", "-f", FILES)
-    return [option, f"{files},{more_files}", *rest]
+    return [option, QUICK_FILES, *rest]
 
 
 def answer(run: Program) -> str:
@@ -341,11 +333,12 @@ def damaged_above(users: int, afterwards: int) -> Handler:
     return server
 
 
+@pytest.mark.together
 def test_the_documented_command_with_a_server_that_gets_slow_above_its_capacity(
-    start: Start, serve: Serve, quick: Path
+    start: Start, serve: Serve
 ) -> None:
     options = "--chat-wait=0.05 --capacity-step=4 --capacity-step-time=2 --capacity-max-users=8"
-    run = start(*LOCUST, *documented(quick), *arguments(serve(slow_above(5)), options))
+    run = start(*QUICK_LOCUST, *documented(), *arguments(serve(slow_above(5)), options))
     assert run.ends() == 0
     assert re.fullmatch(
         r"capacity: 4 users, [\d.]+ messages a second echoed "
@@ -356,24 +349,26 @@ def test_the_documented_command_with_a_server_that_gets_slow_above_its_capacity(
     assert run.output.index("Response time percentiles") < run.output.index("\nchat: ")
 
 
+@pytest.mark.together
 def test_a_master_with_a_worker_that_has_its_files_from_it_and_a_server_that_stays_damaged(
-    start: Start, serve: Serve, quick: Path, tmp_path: Path
+    start: Start, serve: Serve, tmp_path: Path
 ) -> None:
     server = serve(damaged_above(5, afterwards=3))
     bus = bus_options()
-    worker = start(*LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path, TMPDIR=str(tmp_path))
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path, TMPDIR=str(tmp_path))
     options = "--headless --master --expect-workers=1 --chat-wait=0.05"
-    files = ("-f", f"{FILES},{quick}")
-    master = start(*LOCUST, *files, *arguments(server, options), *bus)
+    files = ("-f", QUICK_FILES)
+    master = start(*QUICK_LOCUST, *files, *arguments(server, options), *bus)
     assert (master.ends(), worker.ends()) == (0, 0)
     line = answer(master)
     assert line.startswith("capacity: 2 users, ")
     assert re.search(r"; at (4|6) users, .*: fail ratio .* \(limit 0.01\)$", line)
 
 
-def test_open_loop_in_two_processes(start: Start, serve: Serve, quick: Path) -> None:
+@pytest.mark.together
+def test_open_loop_in_two_processes(start: Start, serve: Serve) -> None:
     options = "--headless --processes=2 --chat-rate=5 --capacity-step=3"
-    run = start(*LOCUST, "-f", f"{FILES},{quick}", *arguments(serve(echo), options))
+    run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *arguments(serve(echo), options))
     assert run.ends() == 0
     assert re.fullmatch(
         r"capacity: at least 6 users, [\d.]+ messages a second due, "
@@ -383,11 +378,12 @@ def test_open_loop_in_two_processes(start: Start, serve: Serve, quick: Path) -> 
     )
 
 
-def test_where_nobody_listens_there_is_no_capacity(start: Start, serve: Serve, quick: Path) -> None:
+@pytest.mark.together
+def test_where_nobody_listens_there_is_no_capacity(start: Start, serve: Serve) -> None:
     server = serve(echo)
     server.stop()
     options = "--headless --chat-wait=0.05 --capacity-step-time=3"  # longer than all pauses
-    run = start(*LOCUST, "-f", f"{FILES},{quick}", *arguments(server, options))
+    run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *arguments(server, options))
     assert run.ends() == 1
     assert answer(run) == (
         "capacity: none; at 2 users, 0.0 messages a second echoed: "
@@ -395,22 +391,19 @@ def test_where_nobody_listens_there_is_no_capacity(start: Start, serve: Serve, q
     )
 
 
-QUICK_HEARTBEAT = """
-runners.HEARTBEAT_INTERVAL = 0.2
-"""
 ENDLESS = "--capacity-step-time=0.5 --capacity-max-users=1000000 --chat-wait=0.1"
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("workers", [1, 2])
 def test_where_a_worker_is_killed_the_capacity_is_unknown_also_where_all_are(
     start: Start, serve: Serve, tmp_path: Path, workers: int
 ) -> None:
-    quick = tmp_path / "quick.py"
-    quick.write_text(FREQUENT_REPORTS + QUICK_HEARTBEAT + SHORT_SETTLING)
+    files = f"{QUICK_FILES},tests/locustfiles/quick_heartbeat.py"
     bus = bus_options()
     options = arguments(serve(echo), f"--headless --master --expect-workers={workers} {ENDLESS}")
-    master = start(*LOCUST, "-f", f"{FILES},{quick}", *options, *bus)
-    started = [start(*LOCUST, "-f", "-", "--worker", *bus) for _ in range(workers)]
+    master = start(*QUICK_LOCUST, "-f", files, *options, *bus)
+    started = [start(*QUICK_LOCUST, "-f", "-", "--worker", *bus) for _ in range(workers)]
     master.prints("messages a second echoed")  # one step has been measured
     started[0].process.send_signal(signal.SIGKILL)
     assert master.ends() == 1
@@ -418,17 +411,19 @@ def test_where_a_worker_is_killed_the_capacity_is_unknown_also_where_all_are(
     assert answer(master).startswith(unknown)
 
 
+@pytest.mark.together
 def test_a_run_that_is_ended_before_a_limit_was_found_has_no_answer(
-    start: Start, serve: Serve, quick: Path
+    start: Start, serve: Serve
 ) -> None:
     options = arguments(serve(echo), f"--headless {ENDLESS}")
-    run = start(*LOCUST, "-f", f"{FILES},{quick}", *options)
+    run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *options)
     run.prints("messages a second echoed")
     assert run.interrupt() == 1
     unknown = "capacity: unknown: the run ended before a limit was found; before it held "
     assert answer(run).startswith(unknown)
 
 
+@pytest.mark.together
 @pytest.mark.parametrize(
     ("load", "code", "said"),
     [
@@ -441,12 +436,12 @@ def test_a_run_that_is_ended_before_a_limit_was_found_has_no_answer(
     ],
 )
 def test_a_generator_that_stood_still_is_named_and_in_open_loop_is_exhausted(
-    start: Start, serve: Serve, quick: Path, load: str, code: int, said: str
+    start: Start, serve: Serve, load: str, code: int, said: str
 ) -> None:
     chat = Answers(with_the_line)
     limits = "--capacity-step-time=3 --capacity-max-users=2 --capacity-max-p95=60000"
     options = arguments(serve(chat), f"--headless {limits} {load}")
-    run = start(*LOCUST, "-f", f"{FILES},{quick}", *options)
+    run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *options)
     run.prints("All users spawned")
     begun = len(chat.received)
     wait_until(lambda: len(chat.received) > begun + 40)  # so the settling is over
@@ -457,24 +452,26 @@ def test_a_generator_that_stood_still_is_named_and_in_open_loop_is_exhausted(
     assert re.fullmatch(said, answer(run))
 
 
+@pytest.mark.together
 def test_a_worker_that_cannot_have_the_limits_says_what_it_needs(
     start: Start, tmp_path: Path
 ) -> None:
     shutil.copy(ROOT / "locustfile.py", tmp_path)
     shutil.copy(ROOT / "plugins/find_capacity.py", tmp_path)
-    run = start(*LOCUST, "-f", "locustfile.py,find_capacity.py", "--worker", cwd=tmp_path)
+    run = start(*QUICK_LOCUST, "-f", "locustfile.py,find_capacity.py", "--worker", cwd=tmp_path)
     assert run.ends() == 1
     said = "locust: error: find_capacity.py needs verdict.py: put both into one directory\n"
     assert run.output == said
 
 
+@pytest.mark.together
 def test_run_after_run_from_the_web_ui_with_the_options_of_its_form(
-    start: Start, serve: Serve, quick: Path
+    start: Start, serve: Serve
 ) -> None:
     server = serve(damaged_above(3, afterwards=3))
     web_ui = WebUI()
     options = arguments(server, "--chat-wait=0.05")
-    run = start(*LOCUST, "-f", f"{FILES},{quick}", *options, *web_ui.options)
+    run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *options, *web_ui.options)
 
     def search(expected: str, **form: str) -> None:
         """Start a run, and wait until it has said what is expected and has stopped."""

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import gevent
 import gevent.monkey
@@ -17,7 +16,7 @@ from locust import constant, task
 from locust.env import Environment
 from locust.event import Events
 from plain_servers import ServerProcess, echo
-from programs import FREQUENT_REPORTS, LOCUST, ROOT, Program, Start, bus_options, wait_until
+from programs import QUICK_LOCUST, Program, Start, bus_options, wait_until
 from rows import Run, RunUsers
 from servers import Answers, Serve, in_turn, with_the_line
 
@@ -217,34 +216,7 @@ def test_quick_hooks_are_not_named(
 
 # ----------------------------------------------------------------------------- master and workers
 
-# A worker with BUSY in its environment holds its event loop up, again and again: it reads late, and
-# cannot keep the schedule.
-BUSY_WORKER = """
-import os
-import gevent
-import gevent.monkey
-from locust import events
-
-def hold_up():
-    while True:
-        gevent.sleep(0.005)
-        gevent.monkey.get_original("time", "sleep")(0.2)
-
-@events.spawning_complete.add_listener
-def begin(**_):
-    if os.environ.get("BUSY"):
-        gevent.spawn(hold_up)
-"""
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> str:
-    """Return the files of the run, as ``-f`` takes them."""
-    busy_worker = tmp_path / "busy_worker.py"
-    busy_worker.write_text(BUSY_WORKER)
-    frequent_reports = tmp_path / "frequent_reports.py"
-    frequent_reports.write_text(FREQUENT_REPORTS)
-    return f"{ROOT / 'locustfile.py'},{busy_worker},{frequent_reports}"
+BUSY_WORKER = "locustfile.py,tests/locustfiles/busy_worker.py,tests/locustfiles/quick_heartbeat.py"
 
 
 def said(running: Program, what: str) -> list[str]:
@@ -254,7 +226,7 @@ def said(running: Program, what: str) -> list[str]:
 
 
 def test_the_masters_result_has_the_faults_of_its_workers_and_those_that_were_lost(
-    start: Start, files: str
+    start: Start,
 ) -> None:
     """Of four workers, one is busy, one is stopped until it counts as lost and then goes on, one is
     killed, and one leaves in good order.
@@ -262,11 +234,11 @@ def test_the_masters_result_has_the_faults_of_its_workers_and_those_that_were_lo
     bus = ("--master-host=127.0.0.1", "--master-bind-host=127.0.0.1", *bus_options())
     with ServerProcess(echo) as server:
         master = start(
-            *LOCUST,
-            *("-f", files, "--master", "--expect-workers=4", "--headless", "--users=16"),
+            *QUICK_LOCUST,
+            *("-f", BUSY_WORKER, "--master", "--expect-workers=4", "--headless", "--users=16"),
             *("--spawn-rate=16", "--chat-rate=10", f"--host={server.address}", *bus),
         )
-        command = (*LOCUST, "-f", files, "--worker", *bus)
+        command = (*QUICK_LOCUST, "-f", BUSY_WORKER, "--worker", *bus)
         busy_one = start(*command, BUSY="1")
         stopped, killed, leaving = (start(*command) for _ in range(3))
         busy_one.prints("this machine cannot keep the schedule")

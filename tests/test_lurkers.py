@@ -8,19 +8,26 @@ import inspect
 import re
 import shlex
 import socket
-import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
 
-from programs import LOCUST, ROOT, Program, Start, bus_options, counts_in, latest_counts, wait_until
+import lurkers
+import pytest
+from programs import (
+    QUICK_LOCUST,
+    ROOT,
+    Program,
+    Start,
+    bus_options,
+    counts_in,
+    latest_counts,
+    wait_until,
+)
 from rows import RunUsers
 from servers import Serve, echo, lines
 
 import locustfile
-
-sys.path.insert(0, str(ROOT / "plugins"))
-import lurkers
 
 
 class KimUser(locustfile.TCPChatUser):
@@ -61,6 +68,7 @@ def heard(connections: int, answered: int) -> str:
     )
 
 
+@pytest.mark.together
 def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve: Serve) -> None:
     received: list[bytes] = []
 
@@ -71,7 +79,7 @@ def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve
         received.append(connection.recv(65536))
 
     listening = serve(server)
-    running = start(*LOCUST, *documented("Lurker"), f"--host={listening.address}")
+    running = start(*QUICK_LOCUST, *documented("Lurker"), f"--host={listening.address}")
     wait_until(lambda: latest_counts(running, "received") == (30, 0))
     assert running.stop() == 0
     assert listening.opened == 10
@@ -80,11 +88,12 @@ def test_lurkers_hold_their_connections_and_count_what_comes(start: Start, serve
     assert last_line(running) == heard(10, 10)
 
 
+@pytest.mark.together
 def test_connections_that_the_server_never_accepts_have_heard_nothing(start: Start) -> None:
     """The kernel completes their handshakes."""
     with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
         host = f"--host=127.0.0.1:{server.getsockname()[1]}"
-        running = start(*LOCUST, *documented("Lurker"), host)
+        running = start(*QUICK_LOCUST, *documented("Lurker"), host)
         wait_until(lambda: latest_counts(running, "connect") == (10, 0))
         assert running.stop() == 0
     assert last_line(running) == heard(10, 0)
@@ -93,6 +102,7 @@ def test_connections_that_the_server_never_accepts_have_heard_nothing(start: Sta
 QUIET_KIM = """
 import locustfile
 import lurkers
+import pytest
 
 class QuietKim(lurkers.Lurking, locustfile.TCPChatUser):
     def on_connect(self):
@@ -103,6 +113,7 @@ class QuietKim(lurkers.Lurking, locustfile.TCPChatUser):
 """
 
 
+@pytest.mark.together
 def test_an_answer_to_a_login_is_an_answer_also_a_refusal(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -115,7 +126,7 @@ def test_an_answer_to_a_login_is_an_answer_also_a_refusal(
     (tmp_path / "kim.py").write_text(QUIET_KIM)
     files = ("-f", f"plugins/lurkers.py,{tmp_path / 'kim.py'}", "QuietKim")
     users = f"--headless --users=3 --spawn-rate=9 --host={serve(server).address} --chat-wait=60"
-    running = start(*LOCUST, *files, *users.split(), "--chat-timeout=60")
+    running = start(*QUICK_LOCUST, *files, *users.split(), "--chat-timeout=60")
     wait_until(lambda: latest_counts(running, "login") == (2, 1))
     assert running.stop() == 1
     assert last_line(running) == heard(3, 2)
@@ -188,6 +199,7 @@ def test_a_lurker_that_overrides_stay_says_something_now_and_then(
     wait_until(lambda: heard.count(b"/ping") > 6)
 
 
+@pytest.mark.together
 def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, serve: Serve) -> None:
     messages: list[int] = []
 
@@ -199,7 +211,12 @@ def test_each_message_of_a_visitor_has_a_connection_of_its_own(start: Start, ser
         messages.append(said)
 
     listening = serve(server)
-    command = (*LOCUST, *documented("Visitor"), f"--host={listening.address}", "--stop-timeout=60")
+    command = (
+        *QUICK_LOCUST,
+        *documented("Visitor"),
+        f"--host={listening.address}",
+        "--stop-timeout=60",
+    )
     running = start(*command)
     wait_until(lambda: listening.opened > 100)
     assert running.stop() == 0
@@ -216,6 +233,7 @@ def test_a_visitor_waits_for_its_echo_in_open_loop_too(serve: Serve, run_users: 
     wait_until(lambda: len(rows.named("echo_response")) > 6)
 
 
+@pytest.mark.together
 def test_a_worker_gets_the_plugin_from_its_master(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -227,8 +245,8 @@ def test_a_worker_gets_the_plugin_from_its_master(
     bus = bus_options()
     users = f"--headless --expect-workers=1 --users=4 --spawn-rate=4 --host={listening.address}"
     files = ("-f", "locustfile.py,plugins/lurkers.py", "Lurker")
-    master = start(*LOCUST, *files, "--master", *bus, *users.split())
-    worker = start(*LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
+    master = start(*QUICK_LOCUST, *files, "--master", *bus, *users.split())
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
     wait_until(lambda: listening.open == 4)
     wait_until(lambda: latest_counts(master, "received") == (4, 0))
     assert master.stop() == 0
@@ -238,6 +256,7 @@ def test_a_worker_gets_the_plugin_from_its_master(
     assert "lurkers: " not in worker.output
 
 
+@pytest.mark.together
 def test_several_processes_lurk(start: Start, serve: Serve) -> None:
     def server(connection: socket.socket) -> None:
         connection.sendall(b"welcome\n")
@@ -246,7 +265,9 @@ def test_several_processes_lurk(start: Start, serve: Serve) -> None:
     listening = serve(server)
     users = ("Lurker", "--headless", "--processes=2", "--users=4", "--spawn-rate=4")
     host = f"--host={listening.address}"
-    running = start(*LOCUST, "-f", "plugins/lurkers.py", *users, host, *bus_options(), cwd=ROOT)
+    running = start(
+        *QUICK_LOCUST, "-f", "plugins/lurkers.py", *users, host, *bus_options(), cwd=ROOT
+    )
     wait_until(lambda: latest_counts(running, "received") == (4, 0))
     assert listening.open == 4
     running.stop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -13,16 +12,15 @@ from time import perf_counter
 
 import gevent
 import pytest
-import trustme
+from certificates import Context
 from clients import Connect
 from gevent.event import Event
 from gevent.server import StreamServer
 from plain_servers import ServerProcess, read_slowly
 from plain_servers import echo as echo_apart
-from programs import Start, wait_until
+from programs import Start, narrow_network, wait_until
 from rows import Rows
 from servers import Serve, echo, free_port
-from test_source import narrow_network
 
 import locustfile
 from locustfile import Address, parse_address
@@ -280,16 +278,11 @@ def test_untidy_ones_are_not(written: str) -> None:
 
 
 def test_the_certificate_of_a_name_is_that_of_the_name_with_a_dot_behind_it(
-    connect: Connect, names: Names, tmp_path: Path
+    connect: Connect, names: Names, certificates: Path, trusting: Context
 ) -> None:
-    authority = trustme.CA()
-    certificate = tmp_path / "server.pem"
-    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
     names.addresses["localhost."] = ["127.0.0.1"]
-    with ServerProcess(echo_apart, certificate=certificate) as server:
-        client = connect(server.port, host="localhost.", tls=lambda: context)
+    with ServerProcess(echo_apart, certificate=certificates / "good.pem") as server:
+        client = connect(server.port, host="localhost.", tls=trusting)
         assert client.send_chat("hello") is not None
 
 
@@ -319,6 +312,7 @@ print(dict(outcomes))
 """
 
 
+@pytest.mark.together
 def test_a_socket_that_has_connected_to_itself_is_a_refused_connection(start: Start) -> None:
     running = start(*narrow_network(sys.executable, "-c", CONNECT_TO_NOBODY))
     assert running.ends() == 0, running.output
@@ -394,6 +388,7 @@ client.shut_down()
 """
 
 
+@pytest.mark.together
 @pytest.mark.parametrize(
     ("what", "row"),
     [("idle", "disconnect TimeoutError"), ("sending", "echo_response TimeoutError")],

@@ -56,6 +56,7 @@ def test_the_document_holds_no_code_that_a_file_holds() -> None:
     assert set(re.findall(r"^```(\w+)$", DOCUMENT, re.MULTILINE)) == {"sh"}
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("command", COMMANDS)
 def test_locust_loads_the_files_of_a_command(start: Start, command: str) -> None:
     """The commands of the examples are run wholly, in ``test_examples.py``."""
@@ -65,6 +66,7 @@ def test_locust_loads_the_files_of_a_command(start: Start, command: str) -> None
     assert "--headless" in command
 
 
+@pytest.mark.together
 def test_an_example_elsewhere_finds_the_core_by_the_path_of_python(
     start: Start, tmp_path: Path
 ) -> None:

@@ -61,11 +61,11 @@ def started_in_copy(start: Start, folder: Path, line: str, **variables: str) -> 
     return start("bash", "-c", f"exec env {line}", cwd=folder, **variables)
 
 
-def stopped(running: Program) -> int:
+def interrupted(running: Program) -> int:
     """Stop a run as Ctrl-C does, once all of its users are there; return its exit code."""
     running.prints("All users spawned")
     wait_until(lambda: has_printed_echoes(running.output))
-    assert is_without_errors(running.output), running.output
+    assert quiet(running.output), running.output
     return running.interrupt()
 
 
@@ -75,11 +75,6 @@ def has_printed_echoes(output: str) -> bool:
     Locust drops a Ctrl-C that comes while it prints one.
     """
     return bool(re.search(r"echo_response.*Aggregated[^\n]*\n\n", output, re.DOTALL))
-
-
-def is_without_errors(output: str) -> bool:
-    """Return whether nothing looks like an error. That a machine is busy is none."""
-    return quiet(re.sub(r"^.*/WARNING/(locustfile|root): .*$", "", output, flags=re.MULTILINE))
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -102,6 +97,7 @@ def test_there_is_no_command_that_no_test_runs() -> None:
     assert len(BLOCKS) == 10 and len(IN_TABLES) == 12
 
 
+@pytest.mark.together
 def test_the_first_command_ends_by_itself_with_a_last_line_as_in_the_readme(
     start: Start, tmp_path: Path
 ) -> None:
@@ -114,7 +110,7 @@ def test_the_first_command_ends_by_itself_with_a_last_line_as_in_the_readme(
     rows = rows_of(running.output)
     assert set(rows) == {"connect", "send_chat", "echo_response"}
     assert {failures for _, failures in rows.values()} == {0}
-    assert is_without_errors(running.output)
+    assert quiet(running.output)
     (documented,) = re.findall(r"^chat: .*$", README, re.MULTILINE)
     with_any_numbers = re.sub(r"\d[\d\\.,]*", r"[\\d.,e-]+", re.escape(documented))
     assert re.match(with_any_numbers, running.output.splitlines()[-1])
@@ -144,7 +140,7 @@ class HeadlessRun:
         """End the run in good order, and look at what it leaves."""
         self._running.prints("All users spawned")
         wait_until(self.has_echoes)
-        assert is_without_errors(self._running.output), self._running.output
+        assert quiet(self._running.output), self._running.output
         assert self._running.interrupt() == 0, self._running.output
         rows = rows_of(self._running.output)
         assert set(rows) == {"connect", "send_chat", "echo_response"}
@@ -157,6 +153,7 @@ class HeadlessRun:
             assert "verdict passed" in self._running.output.splitlines()[-1]
 
 
+@pytest.mark.together
 def test_the_headless_commands_run_without_a_failure(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -173,13 +170,14 @@ def test_the_headless_commands_run_without_a_failure(
 IN_BROWSER = commands_with("locust ", without=r"--headless|--worker|--help|\w+_\w+\.py")
 
 
+@pytest.mark.together
 def test_the_commands_with_the_web_ui_open_it(start: Start, serve: Serve, tmp_path: Path) -> None:
     opened = [opened_in_browser(start, serve, tmp_path, command) for command in IN_BROWSER]
     assert len(opened) == 3
     for web, running in opened:
         web.swarm()
         wait_until(web.has_echoes)
-        assert is_without_errors(running.output)
+        assert quiet(running.output)
 
 
 def opened_in_browser(
@@ -193,6 +191,7 @@ def opened_in_browser(
     return web, started_in_copy(start, folder, line, **variables)
 
 
+@pytest.mark.together
 def test_the_commands_of_master_and_worker_work_together(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -209,7 +208,7 @@ def test_the_commands_of_master_and_worker_work_together(
     running = start(*shlex.split(line), cwd=tmp_path, PATH=PATH, **ports)
     helping = start(*shlex.split(worker), cwd=tmp_path / "elsewhere", PATH=PATH, **ports)
     wait_until(lambda: len(chat.received) >= 50)
-    assert stopped(running) == 0
+    assert interrupted(running) == 0
     assert helping.ends() == 0
     rows = rows_of(running.output)
     assert rows["connect"] == rows["login"] == (20, 0)
@@ -221,6 +220,7 @@ def welcomed(line: bytes) -> bytes:
     return b"Welcome!\n" if line.startswith(b"/login ") else with_the_line(line)
 
 
+@pytest.mark.together
 def test_the_commands_before_a_load_work_with_the_echo_server(start: Start) -> None:
     port = str(free_port())
     (serving,) = commands_with("python ", "--echo-server")
@@ -278,6 +278,7 @@ def test_every_plugin_has_a_command_in_the_readme() -> None:
     assert named == {path.name for path in (ROOT / "plugins").glob("*.py")}
 
 
+@pytest.mark.together
 def test_a_room_of_ones_own_is_run_as_documented(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -305,6 +306,7 @@ def test_a_room_of_ones_own_is_run_as_documented(
 # ---------------------------------------------------------------------------------------- examples
 
 
+@pytest.mark.together
 def test_the_scenario_of_the_readme_works_in_the_file(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -322,10 +324,11 @@ def test_the_scenario_of_the_readme_works_in_the_file(
         return [line for line in chat.received if re.fullmatch(rb"/command special_\d+", line)]
 
     wait_until(lambda: len(commands()) > 1)  # so the first has been answered
-    assert stopped(running) == 0
+    assert interrupted(running) == 0
     assert rows_of(running.output)["command"][0] >= 1
 
 
+@pytest.mark.together
 def test_the_class_of_the_readme_logs_in_and_sends_its_own_texts(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -335,7 +338,7 @@ def test_the_class_of_the_readme_logs_in_and_sends_its_own_texts(
     options = f"--headless --host={serve(chat).address}"
     running = started_in_copy(start, tmp_path, f"{command} {options}")
     wait_until(lambda: len(chat.received) > 2)
-    assert stopped(running) == 0
+    assert interrupted(running) == 0
     rows = rows_of(running.output)
     assert set(rows) == {"connect", "send_chat", "echo_response", "login"}
     assert {failures for _, failures in rows.values()} == {0}
@@ -348,6 +351,7 @@ def test_the_class_of_the_readme_logs_in_and_sends_its_own_texts(
 # ---------------------------------------------------------------------------------------- lists
 
 
+@pytest.mark.together
 def test_the_option_table_lists_the_options_that_there_are(start: Start) -> None:
     (command,) = commands_with("python ", "--help")
     running = start(sys.executable, *shlex.split(command)[1:])
@@ -481,6 +485,7 @@ WRONG_COMMANDS = [
 ]
 
 
+@pytest.mark.together
 def test_the_errors_before_a_run_are_those_of_the_table(start: Start) -> None:
     """All commands at once, as each has to load Locust."""
     table = LOOKED_UP.partition("## Before the run")[2].partition("\n## ")[0]

@@ -14,20 +14,19 @@ from typing import NamedTuple
 import pytest
 import trustme
 from clients import Connect
-from programs import Program, Start, latest_counts, program, wait_until
-from rows import Rows, RunUsers
-from servers import free_port, lines
-from test_examples import (
+from example_files import (
     LOGIN_ROWS,
     changed,
     client_of,
     command_with,
     run_command,
-    stopped,
-    trusting,
+    trusting_class,
     user_of,
     users_in,
 )
+from programs import Program, Start, latest_counts, program, stopped, wait_until
+from rows import Rows, RunUsers
+from servers import free_port, lines
 
 import locustfile
 from locustfile import TCPChatUser
@@ -215,7 +214,7 @@ def test_a_server_that_is_killed_and_started_again_is_loaded_again(
     start_server, user_class = SERVERS[name]
     port = free_port()
     server = start_server(start, tmp_path, port)
-    user_class = trusting(user_class, tmp_path / "ca.pem")
+    user_class = trusting_class(user_class, tmp_path / "ca.pem")
     loaded = run_users(user_class, f"127.0.0.1:{port}", users=5, chat_wait="0.05")
     rows = loaded.rows
     wait_until(lambda: rows.counts()["echo_response"] > 20)
@@ -291,6 +290,7 @@ def listen_in_channel(observer: socket.socket) -> Iterator[bytes]:
             yield line
 
 
+@pytest.mark.together
 @pytest.mark.parametrize(
     "settings", [[], ["[Options]", "RequireAuthPing = yes"]], ids=["plain", "PING at the login"]
 )
@@ -367,9 +367,10 @@ def prosody_client(
     connect: Connect, port: int, folder: Path, user_class: type[TCPChatUser] = XmppUser
 ) -> locustfile.TCPSocketClient:
     """Return a client that trusts the authority in the folder."""
-    return client_of(connect, port, trusting(user_class, folder / "ca.pem"))
+    return client_of(connect, port, trusting_class(user_class, folder / "ca.pem"))
 
 
+@pytest.mark.together
 def test_the_command_of_the_xmpp_example_loads_a_room_of_prosody_that_insists_on_tls(
     start: Start, tmp_path: Path
 ) -> None:
@@ -394,6 +395,7 @@ def test_a_certificate_of_prosody_that_is_not_trusted_is_a_failed_starttls(
     assert rows.counts() == {"connect": 1, "send_chat": 2, "login": 2, **failed}
 
 
+@pytest.mark.together
 def test_every_message_in_a_room_of_ejabberd_is_delivered_to_everybody(
     start: Start, tmp_path: Path
 ) -> None:

@@ -16,8 +16,7 @@ import pytest
 from locust import constant, task
 from locust.stats import calculate_response_time_percentile
 from programs import (
-    FREQUENT_REPORTS,
-    LOCUST,
+    QUICK_LOCUST,
     Program,
     Start,
     WebUI,
@@ -151,7 +150,7 @@ def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
         "none awaited": (quiet, "--chat-echo=none", "--chat-wait=0.1"),
         "awaited in two processes": (other, "--processes=2", *bus_options()),
     }
-    programs = {name: Program(*LOCUST, *SHORT, *each) for name, each in arguments.items()}
+    programs = {name: Program(*QUICK_LOCUST, *SHORT, *each) for name, each in arguments.items()}
     for program in programs.values():
         program.ends()
     yield programs
@@ -208,6 +207,7 @@ def test_echoes_still_awaited_in_the_workers_are_counted_and_exit_1(
 # ----------------------------------------------------------------------------- one process
 
 
+@pytest.mark.together
 def test_the_line_agrees_with_json_and_csv_also_after_the_statistics_were_reset(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -218,7 +218,7 @@ def test_the_line_agrees_with_json_and_csv_also_after_the_statistics_were_reset(
         "--headless --users=4 --spawn-rate=2 --reset-stats --run-time=4s --stop-timeout=20 "
         "--chat-wait=0.02 --json --exit-code-on-error=0"
     )
-    command = (*LOCUST, *options.split(), f"--host={server.address}", f"--csv={tmp_path}/run")
+    command = (*QUICK_LOCUST, *options.split(), f"--host={server.address}", f"--csv={tmp_path}/run")
     running = start("sh", "-c", f'exec "$0" "$@" 2>{tmp_path}/log', *command)
     assert running.ends() == 0
     entries = {entry["name"]: entry for entry in json.loads(running.output)}
@@ -244,12 +244,13 @@ def test_the_line_agrees_with_json_and_csv_also_after_the_statistics_were_reset(
     assert 0 < int(rows["echo_response"]["Request Count"]) <= entry["num_requests"]
 
 
+@pytest.mark.together
 def test_after_ctrl_c_the_line_is_the_last_one_and_agrees_with_the_table(
     start: Start, serve: Serve
 ) -> None:
     chat = Answers(with_the_line)
     options = "--headless --users=5 --spawn-rate=5 --chat-wait=0.02 --only-summary"
-    running = start(*LOCUST, *options.split(), f"--host={serve(chat).address}")
+    running = start(*QUICK_LOCUST, *options.split(), f"--host={serve(chat).address}")
     wait_until(lambda: len(chat.received) > 200)
     assert running.interrupt() == 0
     result = check_table(running.output)
@@ -258,12 +259,13 @@ def test_after_ctrl_c_the_line_is_the_last_one_and_agrees_with_the_table(
     assert any("." in text for text in result.percentiles)  # below a millisecond, or of 10
 
 
+@pytest.mark.together
 def test_after_ctrl_c_while_all_echoes_are_awaited_the_exit_code_is_1(
     start: Start, serve: Serve
 ) -> None:
     chat = Answers(lambda line: b"")
     options = "--headless --users=5 --spawn-rate=5 --chat-timeout=600"
-    running = start(*LOCUST, *options.split(), f"--host={serve(chat).address}")
+    running = start(*QUICK_LOCUST, *options.split(), f"--host={serve(chat).address}")
     wait_until(lambda: len(chat.received) == 5)
     assert running.interrupt() == 1
     assert "; 5 echoes still awaited at the end" in last_line(running.output)
@@ -273,6 +275,7 @@ def test_after_ctrl_c_while_all_echoes_are_awaited_the_exit_code_is_1(
 # ----------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.together
 def test_with_processes_one_line_agrees_with_the_table_and_each_takes_another_server_first(
     start: Start, serve: Serve
 ) -> None:
@@ -281,7 +284,7 @@ def test_with_processes_one_line_agrees_with_the_table_and_each_takes_another_se
     host = ",".join(server.address for server in servers)
     options = "--processes=2 --headless --users=2 --spawn-rate=2 --chat-wait=0.02 --stop-timeout=30"
     running = start(
-        *LOCUST, *options.split(), *bus_options(), f"--host={host}", "--exit-code-on-error=0"
+        *QUICK_LOCUST, *options.split(), *bus_options(), f"--host={host}", "--exit-code-on-error=0"
     )
     wait_until(lambda: all(len(chat.received) > 50 for chat in chats))
     assert running.stop() == 0
@@ -292,21 +295,20 @@ def test_with_processes_one_line_agrees_with_the_table_and_each_takes_another_se
     assert [server.opened for server in servers] == [1, 1]
 
 
+@pytest.mark.together
 def test_a_worker_that_does_not_report_its_end_is_named_and_workers_print_no_line(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
-    often = tmp_path / "often.py"
-    often.write_text(FREQUENT_REPORTS)
     chat = Answers(with_the_line)
     server = serve(chat)
     bus = ("--master-host=127.0.0.1", "--master-bind-host=127.0.0.1", *bus_options())
-    files = ("-f", f"locustfile.py,{often}", "ChatClient")
-    workers = [start(*LOCUST, *files, "--worker", *bus) for _ in range(2)]
+    files = ("-f", "locustfile.py", "ChatClient")
+    workers = [start(*QUICK_LOCUST, *files, "--worker", *bus) for _ in range(2)]
     options = (
         "--master --expect-workers=2 --headless --users=4 --spawn-rate=9 --chat-wait=0.02 "
         f"--host={server.address} --only-summary --exit-code-on-error=0"
     )
-    master = start(*LOCUST, *files, *options.split(), *bus)
+    master = start(*QUICK_LOCUST, *files, *options.split(), *bus)
     wait_until(lambda: server.opened == 4 and len(chat.received) > 100)
     gevent.sleep(0.5)  # for a report of each
     workers[0].process.send_signal(signal.SIGSTOP)
@@ -322,12 +324,13 @@ def test_a_worker_that_does_not_report_its_end_is_named_and_workers_print_no_lin
 # ----------------------------------------------------------------------------- the web UI
 
 
+@pytest.mark.together
 def test_in_the_web_ui_the_line_is_logged_when_a_run_has_stopped_and_each_time(
     start: Start, serve: Serve
 ) -> None:
     web_ui = WebUI()
     answering, quiet = serve(echo), serve(silent)
-    running = start(*LOCUST, *web_ui.options)
+    running = start(*QUICK_LOCUST, *web_ui.options)
     running.prints("Starting web interface")
     web_ui.swarm(host=answering.address, chat_wait="0.05")
     wait_until(web_ui.has_echoes)

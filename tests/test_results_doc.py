@@ -47,6 +47,7 @@ def has_twenty_users(running: Program) -> bool:
     return is_echoed and latest_counts(running, "connect").requests == 20
 
 
+@pytest.mark.together
 def test_the_commands_of_the_document_run_without_a_failure(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -88,6 +89,7 @@ def shown_line(word: str) -> str:
     return str(line)
 
 
+@pytest.mark.together
 def test_a_room_that_loses_messages_shows_it_by_the_row_and_the_last_line(start: Start) -> None:
     losing = re.search(r"sick_server\.py (room) 1000", TEXT)
     assert losing is not None
@@ -175,6 +177,7 @@ def cut_lines(connection: socket.socket) -> None:
         connection.sendall(line[:40] + b"\n")
 
 
+@pytest.mark.together
 def test_the_rows_are_exported_to_opentelemetry_as_they_are(start: Start, serve: Serve) -> None:
     pytest.importorskip("opentelemetry.proto", reason="locust[otel] is not installed")
     collector = Collector()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 import sys
 from collections import Counter
 
 import pytest
 from clients import Connect
-from programs import Start, program, wait_until
+from programs import Start, narrow_network, wait_until
 from rows import Rows, RunUsers
 from servers import Serve, echo
 
@@ -93,21 +91,6 @@ def test_a_source_of_another_family_than_the_host_is_a_failed_connect(
     assert not connect(serve(echo).port, sources=("::1",)).connect()
     assert rows.counts() == {"connect: OSError": 1}
     assert "same family as the source" in str(rows[0]["exception"])
-
-
-def narrow_network(*command: str) -> list[str]:
-    """Return a command in a network of its own, whose addresses have 20 ports each.
-
-    Skips the test where that cannot be had.
-    """
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("only root on Linux can have a network with few ports")
-    unshare = program("unshare")
-    ip = program("ip")
-    if subprocess.run([unshare, "--net", "true"], capture_output=True).returncode != 0:
-        pytest.skip("this machine lets nobody have a network of his own")
-    ports = "echo 40000 40019 > /proc/sys/net/ipv4/ip_local_port_range"
-    return [unshare, "--net", "sh", "-c", f'{ip} link set lo up; {ports}; exec "$@"', "-", *command]
 
 
 CONNECT_35 = """

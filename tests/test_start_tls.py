@@ -12,7 +12,7 @@ from typing import Any
 
 import gevent
 import pytest
-import trustme
+from certificates import Context, secure, server_context
 from clients import Connect
 from gevent.event import Event
 from programs import wait_until
@@ -20,38 +20,6 @@ from rows import Rows, RunUsers
 from servers import Handler, Serve, deaf, echo, lines, reset, silent, with_the_line
 
 from locustfile import TCPChatUser, TCPSocketClient
-
-Context = Callable[[], ssl.SSLContext]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder: good.pem is for this machine, other.pem for another, ca.pem signed both."""
-    folder = tmp_path_factory.mktemp("certificates")
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    for name, host in {"good.pem": "127.0.0.1", "other.pem": "chat.example.com"}.items():
-        certificate = authority.issue_cert(host)
-        certificate.private_key_and_cert_chain_pem.write_to_path(folder / name)
-    return folder
-
-
-@pytest.fixture
-def trusting(certificates: Path) -> Context:
-    """Return a factory of contexts that trust the authority."""
-    return lambda: ssl.create_default_context(cafile=str(certificates / "ca.pem"))
-
-
-@pytest.fixture
-def identity(certificates: Path) -> ssl.SSLContext:
-    """Return the context of a server with the good certificate."""
-    return server_context(certificates / "good.pem")
-
-
-def server_context(certificate: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    return context
 
 
 def agrees(
@@ -66,16 +34,6 @@ def agrees(
         then(connection)
 
     return handler
-
-
-def secure(handler: Callable[[ssl.SSLSocket], object], context: ssl.SSLContext) -> Handler:
-    """Return a handler that shakes hands, and then does what the other one does."""
-
-    def handle(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as wrapped:
-            handler(wrapped)
-
-    return handle
 
 
 def ask(client: TCPSocketClient) -> object:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import re
 import shutil
 import socket
 import ssl
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gevent
 import pytest
-import trustme
+from certificates import Context, secure, server_context
 from clients import Connect
 from gevent.server import StreamServer
 from locust.env import Environment
@@ -37,60 +35,7 @@ from servers import Handler, Serve, Server, deaf, echo, free_port, lines, reset,
 import locustfile
 from locustfile import ChatClient, ConnectionClosed, TCPSocketClient
 
-Context = Callable[[], ssl.SSLContext]
-
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with an authority (ca.pem) and what it has signed, each with its key.
-
-    good.pem is for all names of this machine, other.pem for one alone, expired.pem is too old.
-    """
-    folder = tmp_path_factory.mktemp("certificates")
-    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    names = ("localhost", "127.0.0.1", "::1")
-    issued = {
-        "good.pem": authority.issue_cert(*names),
-        "other.pem": authority.issue_cert("localhost"),
-        "expired.pem": authority.issue_cert(*names, not_after=yesterday),
-    }
-    for name, certificate in issued.items():
-        certificate.private_key_and_cert_chain_pem.write_to_path(folder / name)
-    return folder
-
-
-@pytest.fixture
-def trusting(certificates: Path) -> Context:
-    """Return a factory of contexts that trust the authority."""
-    return lambda: ssl.create_default_context(cafile=str(certificates / "ca.pem"))
-
-
-@pytest.fixture
-def identity(certificates: Path) -> ssl.SSLContext:
-    """Return the context of a server with the good certificate."""
-    return server_context(certificates, "good.pem")
-
-
-def server_context(certificates: Path, name: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / name)
-    return context
-
-
-def secure(handler: Callable[[ssl.SSLSocket], object], context: ssl.SSLContext) -> Handler:
-    """Return a handler that shakes hands, and then does what the other one does."""
-
-    def handle(connection: socket.socket) -> None:
-        with context.wrap_socket(
-            connection, server_side=True, suppress_ragged_eofs=False
-        ) as wrapped:
-            handler(wrapped)
-
-    return handle
 
 
 def connected(
@@ -250,7 +195,7 @@ def test_a_certificate_that_is_not_valid_is_a_failed_connect(
     name: str,
     reason: str,
 ) -> None:
-    server = serve(secure(echo, server_context(certificates, name)))
+    server = serve(secure(echo, server_context(certificates / name)))
     client = connect(server.port, tls=trusting)
     assert client.send_chat("hello") is None
     assert client.send_chat("hello") is None

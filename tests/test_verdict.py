@@ -13,17 +13,16 @@ import re
 import shlex
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import gevent
 import pytest
+import verdict
 from locust.argument_parser import get_parser
 from locust.env import Environment
 from programs import (
-    FREQUENT_REPORTS,
-    LOCUST,
+    QUICK_LOCUST,
     ROOT,
     Program,
     Start,
@@ -35,10 +34,6 @@ from rows import fire
 from servers import Answers, Serve, echo, in_turn, lines, silent, with_the_line
 
 import locustfile
-
-sys.path.insert(0, str(ROOT / "plugins"))
-
-import verdict
 
 FILES = ("-f", "locustfile.py,plugins/verdict.py")
 SHORT = (
@@ -241,9 +236,10 @@ def verdicts(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("locust: verdict ")]
 
 
+@pytest.mark.together
 def test_the_documented_command_with_a_server_that_echoes(start: Start, serve: Serve) -> None:
     host = f"--host={serve(echo).address}"
-    running = start(*LOCUST, *documented(), host, *SHORT, GENEROUS)
+    running = start(*QUICK_LOCUST, *documented(), host, *SHORT, GENEROUS)
     assert running.ends() == 0
     assert running.output.index("Response time percentiles") < running.output.index("\nchat: ")
     (line,) = verdicts(running.output)
@@ -252,12 +248,13 @@ def test_the_documented_command_with_a_server_that_echoes(start: Start, serve: S
     assert line.endswith(" ms (limit 60000)")
 
 
+@pytest.mark.together
 @pytest.mark.parametrize("processes", [(), ("--processes=2", *bus_options())])
 def test_a_headless_run_without_a_limit_does_not_start(
     start: Start, serve: Serve, processes: tuple[str, ...]
 ) -> None:
     server = serve(echo)
-    running = start(*LOCUST, *FILES, f"--host={server.address}", *SHORT, *processes)
+    running = start(*QUICK_LOCUST, *FILES, f"--host={server.address}", *SHORT, *processes)
     assert running.ends() == 1
     said = [line for line in running.output.splitlines() if "INFO" not in line]
     assert said == [
@@ -277,6 +274,7 @@ class Member(locustfile.ChatClient):
 """
 
 
+@pytest.mark.together
 def test_a_server_that_refuses_every_login_fails(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -285,13 +283,14 @@ def test_a_server_that_refuses_every_login_fails(
     files = ("-f", f"{member},plugins/verdict.py")
     limits = ("--chat-max-fail-ratio=0.9", GENEROUS)
     server = serve(Answers(in_turn(b"wrong password\n")))
-    running = start(*LOCUST, *files, f"--host={server.address}", *SHORT, *limits)
+    running = start(*QUICK_LOCUST, *files, f"--host={server.address}", *SHORT, *limits)
     assert running.ends() == 1
     (line,) = verdicts(running.output)
     assert line.startswith("locust: verdict failed: ")
     assert line.endswith("no echo came")
 
 
+@pytest.mark.together
 def test_a_server_that_disconnects_everybody_after_40_messages_fails(
     start: Start, serve: Serve
 ) -> None:
@@ -305,7 +304,7 @@ def test_a_server_that_disconnects_everybody_after_40_messages_fails(
     limits = ("--chat-max-fail-ratio=0.01", GENEROUS)
     host = f"--host={listening.address}"
     endless = ("--run-time=10m", "--chat-wait=0")
-    running = start(*LOCUST, *FILES, host, *SHORT, *endless, *limits)
+    running = start(*QUICK_LOCUST, *FILES, host, *SHORT, *endless, *limits)
     wait_until(lambda: listening.opened > 20)
     assert running.stop() == 1
     (line,) = verdicts(running.output)
@@ -313,26 +312,28 @@ def test_a_server_that_disconnects_everybody_after_40_messages_fails(
     assert "no echo came" not in line
 
 
+@pytest.mark.together
 def test_a_server_that_never_answers_fails(start: Start, serve: Serve) -> None:
     host = f"--host={serve(silent).address}"
     options = ("--chat-timeout=60", "--stop-timeout=0", "--chat-max-fail-ratio=1")
-    running = start(*LOCUST, *FILES, host, *SHORT, *options)
+    running = start(*QUICK_LOCUST, *FILES, host, *SHORT, *options)
     assert running.ends() == 1
     assert verdicts(running.output) == [
         "locust: verdict failed: fail ratio 0 (limit 1), no echo came"
     ]
 
 
+@pytest.mark.together
 def test_the_master_judges_with_the_last_reports_of_a_worker_that_has_its_files_from_it(
     start: Start, serve: Serve
 ) -> None:
     chat = Answers(lambda line: line[: 20 if len(chat.received) % 2 else None] + b"\n")
     bus = bus_options()
     host = f"--host={serve(chat).address}"
-    worker = start(*LOCUST, "-f", "-", "--worker", "--headless", *bus)  # no limit on a worker
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", "--headless", *bus)  # no limit on a worker
     options = "--headless --expect-workers=1 --users=2 --spawn-rate=9 --chat-wait=0.1"
     files = ("-f", "locustfile.py,plugins/delivery.py,plugins/verdict.py", "RoomClient")
-    master = start(*LOCUST, *files, "--master", *bus, host, *options.split(), GENEROUS)
+    master = start(*QUICK_LOCUST, *files, "--master", *bus, host, *options.split(), GENEROUS)
     wait_until(lambda: len(chat.received) > 5)  # the master hears every 3 s
     assert (master.stop(), worker.ends()) == (1, 0)
     (line,) = verdicts(master.output)
@@ -342,24 +343,19 @@ def test_the_master_judges_with_the_last_reports_of_a_worker_that_has_its_files_
     assert "verdict" not in worker.output
 
 
-QUICK_HEARTBEAT = """
-runners.HEARTBEAT_INTERVAL = 0.2
-"""
-
-
 class Distributed:
     """A master with two workers that report often, and whose absence is soon noticed."""
 
     def __init__(self, start: Start, serve: Serve, directory: Path, *options: str) -> None:
         chat = Answers(with_the_line)
-        quick = directory / "quick.py"
-        quick.write_text(FREQUENT_REPORTS + QUICK_HEARTBEAT)
         bus = bus_options()
-        self.workers = [start(*LOCUST, "-f", "-", "--worker", *bus) for _ in range(2)]
-        files = ("-f", f"locustfile.py,plugins/verdict.py,{quick}")
+        self.workers = [start(*QUICK_LOCUST, "-f", "-", "--worker", *bus) for _ in range(2)]
+        files = "locustfile.py,plugins/verdict.py,tests/locustfiles/quick_heartbeat.py"
         users = "--headless --expect-workers=2 --users=4 --spawn-rate=9 --chat-wait=0.1"
         host = f"--host={serve(chat).address}"
-        self.master = start(*LOCUST, *files, "--master", *bus, host, *users.split(), *options)
+        self.master = start(
+            *QUICK_LOCUST, "-f", files, "--master", *bus, host, *users.split(), *options
+        )
         wait_until(lambda: len(chat.received) > 20)
 
     def kill_worker(self) -> None:
@@ -367,6 +363,7 @@ class Distributed:
         self.workers[0].process.send_signal(signal.SIGKILL)
 
 
+@pytest.mark.together
 def test_with_a_worker_that_is_killed_the_verdict_is_unknown(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -379,6 +376,7 @@ def test_with_a_worker_that_is_killed_the_verdict_is_unknown(
     assert line.endswith(", 1 of 2 workers lost")
 
 
+@pytest.mark.together
 def test_with_a_worker_that_is_killed_just_before_the_end_the_verdict_is_unknown(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
@@ -399,12 +397,13 @@ def hold_up(running: Program, chat: Answers) -> None:
     running.prints("the generator stood still for ")
 
 
+@pytest.mark.together
 def test_a_generator_that_stood_still_is_named_beside_what_the_server_did(
     start: Start, serve: Serve
 ) -> None:
     chat = Answers(with_the_line)
     host = f"--host={serve(chat).address}"
-    running = start(*LOCUST, *FILES, host, *SHORT, "--run-time=10m", GENEROUS)
+    running = start(*QUICK_LOCUST, *FILES, host, *SHORT, "--run-time=10m", GENEROUS)
     hold_up(running, chat)
     assert running.stop() == 0
     (line,) = verdicts(running.output)
@@ -412,13 +411,14 @@ def test_a_generator_that_stood_still_is_named_beside_what_the_server_did(
     assert ", the generator stood still for " in line
 
 
+@pytest.mark.together
 def test_in_open_loop_a_generator_that_stood_still_makes_the_verdict_unknown(
     start: Start, serve: Serve
 ) -> None:
     chat = Answers(with_the_line)
     host = f"--host={serve(chat).address}"
     options = "--headless --users=4 --spawn-rate=4 --chat-rate=10"
-    running = start(*LOCUST, *FILES, host, *options.split(), GENEROUS)
+    running = start(*QUICK_LOCUST, *FILES, host, *options.split(), GENEROUS)
     hold_up(running, chat)
     assert running.stop() == 1
     (line,) = verdicts(running.output)
@@ -426,18 +426,20 @@ def test_in_open_loop_a_generator_that_stood_still_makes_the_verdict_unknown(
     assert re.search(r", the generator started \d+ of \d+ messages in time", line)
 
 
+@pytest.mark.together
 def test_a_verdict_that_is_listed_after_what_has_imported_it_is_one_line(start: Start) -> None:
     files = "locustfile.py,plugins/find_capacity.py,plugins/verdict.py"
-    running = start(*LOCUST, "-f", files, "--headless", "--host=127.0.0.1:1")
+    running = start(*QUICK_LOCUST, "-f", files, "--headless", "--host=127.0.0.1:1")
     assert running.ends() == 1
     said = "locust: error: -f has to list verdict.py before find_capacity.py\n"
     assert running.output == said
 
 
+@pytest.mark.together
 def test_limits_from_the_form_of_the_web_ui(start: Start, serve: Serve) -> None:
     web_ui = WebUI()
     host = f"--host={serve(echo).address}"
-    running = start(*LOCUST, *FILES, *web_ui.options, host, "--chat-wait=0.02")
+    running = start(*QUICK_LOCUST, *FILES, *web_ui.options, host, "--chat-wait=0.02")
     web_ui.swarm(chat_max_p95="60000")
     wait_until(web_ui.has_echoes)
     assert running.stop() == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from programs import FIXED_ROWS, LOCUST, Program, Start, WebUI, program, wait_until
+from programs import QUICK_LOCUST, Program, Start, WebUI, program, wait_until
 from servers import Serve, Server, echo, silent
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def open_web_ui(start: Start, page: Page) -> OpenWebUI:
 
     def open_it(*arguments: str, **variables: str) -> Program:
         web_ui = WebUI()
-        running = start(*LOCUST, *web_ui.options, *arguments, **variables)
+        running = start(*QUICK_LOCUST, *web_ui.options, *arguments, **variables)
         running.prints("Starting web interface")
         wait_until(lambda: listens(page, web_ui.address))
         click(page, "Custom parameters")
@@ -151,9 +151,8 @@ def test_an_echo_mode_chosen_from_the_list_and_a_typed_pause_apply(
     page: Page, open_web_ui: OpenWebUI, serve: Serve, tmp_path: Path
 ) -> None:
     server = serve(silent)
-    fixed_rows = tmp_path / "fixed_rows.py"
-    fixed_rows.write_text(FIXED_ROWS)
-    open_web_ui("-f", f"locustfile.py,{fixed_rows}", f"--host={server.address}")
+    files = "locustfile.py,tests/locustfiles/fixed_rows.py"
+    open_web_ui("-f", files, f"--host={server.address}")
     choices = page.locator("select[name=chatEcho]")
     assert choices.input_value() == ""
     offered = choices.locator("option").all()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
-import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import gevent
 import pytest
-import trustme
+from certificates import secure, server_context
 from programs import STANDALONE, Program
-from servers import Answers, Handler, Server, after, greets, says, silent
+from servers import Answers, Handler, Server, after, echo, greets, says, silent
 
 Take = Callable[[str], Program]
 
@@ -73,25 +72,16 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    """Return an authority for certificates."""
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def tls_server(authority: trustme.CA) -> Iterator[Server]:
+def tls_server(certificates: Path) -> Iterator[Server]:
     """Return a TLS server that echoes, and answers what is no TLS with an alert, as Go's does."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
+    secure_echo = secure(echo, server_context(certificates / "good.pem"))
 
     def handler(connection: socket.socket) -> None:
         if connection.recv(1, socket.MSG_PEEK) != HANDSHAKE:
             connection.recv(65536)
             connection.sendall(ALERT)
             return
-        with context.wrap_socket(connection, server_side=True) as wrapped:
-            while data := wrapped.recv(65536):
-                wrapped.sendall(data)
+        secure_echo(connection)
 
     server = Server(handler)
     yield server
@@ -168,13 +158,11 @@ def test_the_hint_taken_works(runs: dict[str, Program], name: str) -> None:
 
 
 def test_a_tls_server_is_named_and_its_hint_works(
-    runs: dict[str, Program], authority: trustme.CA, tls_server: Server, tmp_path: Path
+    runs: dict[str, Program], certificates: Path, tls_server: Server
 ) -> None:
     hint = hint_of(runs["TLS"])
     assert options_in(hint) == [f"--host=tls://{tls_server.address}"]
-    authorities = tmp_path / "authorities.pem"
-    authority.cert_pem.write_to_path(authorities)
-    again = Program(*STANDALONE, *options_in(hint), SSL_CERT_FILE=str(authorities))
+    again = Program(*STANDALONE, *options_in(hint), SSL_CERT_FILE=str(certificates / "ca.pem"))
     assert again.ends() == 0
     assert "5 of 5 messages came back" in again.output
 
