@@ -38,15 +38,38 @@ def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def rows_in(text: str) -> list[tuple[int, list[str]]]:
+    """Return the number of bars in each row of a table, and the code in it."""
+    lines = re.findall(r"^\|.*\|$", without_code(text), re.MULTILINE)
+    return [
+        (len(re.findall(r"(?<!\\)\|", line)), sorted(re.findall(r"`([^`]+)`", line)))
+        for line in lines
+    ]
+
+
 def same(pair: Pair, pattern: str, flags: re.RegexFlag = re.MULTILINE) -> None:
     """Fail unless both have the same matches of a pattern, in order, and at least one."""
     english, korean = (re.findall(pattern, text, flags) for text in pair.texts())
     assert english == korean and english
 
 
+# Of this one, two sections are translated.
+RESULTS = Pair(ROOT / "docs" / "results.md", ROOT / "docs" / "results.ko.md")
+SECTIONS = ("What the last line says", "What the warnings say")
+
+
 def test_each_translation_has_an_original() -> None:
     translations = (ROOT / "docs").glob("*.ko.md")
-    assert sorted(pair.korean for pair in PAIRS) == sorted(translations)
+    assert sorted(pair.korean for pair in [*PAIRS, RESULTS]) == sorted(translations)
+
+
+def test_the_tables_of_the_last_line_and_of_the_warnings_are_the_same() -> None:
+    english, korean = RESULTS.texts()
+    sections = [english.partition(f"## {name}\n")[2].partition("\n## ")[0] for name in SECTIONS]
+    original = "\n".join(sections)
+    assert rows_in(korean) == rows_in(original) and len(rows_in(original)) > 10
+    (line,) = re.findall(r"^    .*$", original, re.MULTILINE)
+    assert f"\n{line}\n" in korean
 
 
 @each_pair
@@ -64,14 +87,7 @@ def test_the_code_blocks_are_the_same(pair: Pair) -> None:
 
 @each_pair
 def test_the_tables_have_the_same_rows_and_the_same_code_in_them(pair: Pair) -> None:
-    def rows(text: str) -> list[tuple[int, list[str]]]:
-        lines = re.findall(r"^\|.*\|$", without_code(text), re.MULTILINE)
-        return [
-            (len(re.findall(r"(?<!\\)\|", line)), sorted(re.findall(r"`([^`]+)`", line)))
-            for line in lines
-        ]
-
-    english, korean = (rows(text) for text in pair.texts())
+    english, korean = (rows_in(text) for text in pair.texts())
     assert english == korean and len(english) > 50
 
 
