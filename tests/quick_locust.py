@@ -10,7 +10,7 @@ from locust import main, runners, stats, web  # isort: skip
 
 import sys
 
-vars(stats)["CONSOLE_STATS_INTERVAL_SEC"] = 0.2  # 2 in Locust, as a whole number
+vars(stats)["CONSOLE_STATS_INTERVAL_SEC"] = 0.2  # 2 in Locust, where it is an int
 runners.WORKER_REPORT_INTERVAL = 0.2  # 3 in Locust
 web.DEFAULT_CACHE_TIME = 0.1  # 2 in Locust
 

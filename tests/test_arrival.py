@@ -203,15 +203,39 @@ class Early(Arrivals):
         return 0.0
 
 
+def is_hello(line: bytes) -> bool:
+    return line == b"hello"
+
+
 @needs_stamps
-@pytest.mark.parametrize("mode", ["full", "any"])
+@pytest.mark.parametrize("is_refused", [False, True], ids=["echoed", "refused"])
+@pytest.mark.parametrize("is_login", [False, True], ids=["message", "login"])
+@pytest.mark.parametrize("mode", ["full", "tag", "any", is_hello], ids=str)
 def test_whatever_the_kernel_says_no_round_trip_is_negative(
-    connect: Connect, rows: Rows, monkeypatch: pytest.MonkeyPatch, mode: str
+    connect: Connect,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: locustfile.Echo,
+    is_login: bool,
+    is_refused: bool,
 ) -> None:
     monkeypatch.setattr(locustfile, "ARRIVALS", Early())
+
+    def say() -> None:
+        client.send_chat("hello", echo=mode)
+
     with ServerProcess(echo) as server:
-        assert connect(server.port, echo=mode).send_chat("hello") is not None
-    assert rows.named("echo_response")[0]["response_time"] == 0  # as if it had come at once
+        client = connect(
+            server.port,
+            is_refusal=lambda payload: is_refused,
+            on_connect=say if is_login else lambda: None,
+        )
+        client.connect()
+        if not is_login:
+            say()
+    (row,) = rows.named("login" if is_login else "echo_response")
+    assert row["response_time"] == 0  # as if it had come at once
+    assert (row["exception"] is not None) == is_refused
 
 
 # -------------------------------------------------------------------------- deadlines, after a read

@@ -6,13 +6,14 @@ import itertools
 import logging
 import re
 import socket
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import gevent
 import pytest
 from gevent.event import Event
-from locust import constant, task
+from locust import SequentialTaskSet, TaskSet, User, constant, task
 from locust.env import Environment
 from locust.event import Events
 from programs import wait_until
@@ -111,10 +112,13 @@ def test_the_first_task_is_due_within_an_interval_at_a_phase_of_its_own(clock: C
 def test_the_first_task_is_due_within_an_interval_however_long_the_connect_took(
     clock: Clock,
 ) -> None:
-    for _ in range(50):
+    pauses = []
+    for _ in range(200):
         schedule = schedule_of(0.5)
         clock.now += 11
-        assert 0 <= schedule.first_pause() <= 2
+        pauses.append(schedule.first_pause())
+    assert 0 <= min(pauses) < 0.3  # each at its own phase, and not all at once
+    assert 1.7 < max(pauses) <= 2
 
 
 def count_late(environment: Environment) -> int:
@@ -306,6 +310,72 @@ def test_a_generator_that_cannot_keep_the_schedule_warns_once_a_run_with_figures
     share = re.search(r"only (\d+\.\d)% of the messages due", warnings()[-1])
     assert share is not None
     assert float(share[1]) < 95
+
+
+# -------------------------------------------------------------------- task sets that do not keep it
+
+
+class Dutiful(TaskSet):
+    """Has no pause of its own."""
+
+    @task
+    def talk(self) -> None:
+        """Say something."""
+
+
+class Leisurely(SequentialTaskSet):
+    """Pauses as it likes."""
+
+    wait_time = constant(0.5)
+
+    @task
+    def talk(self) -> None:
+        """Say something."""
+
+
+class Restless(TaskSet):
+    """Hands back to its user."""
+
+    @task
+    def leave(self) -> None:
+        """Go back."""
+        self.interrupt()
+
+
+class Lobby(TaskSet):
+    """Has another task set within it."""
+
+    within = task(Leisurely)
+
+
+NO_PACE = "so --chat-rate does not pace its tasks"
+
+
+@pytest.mark.parametrize(
+    ("task_set", "rate", "warning"),
+    [
+        (Leisurely, "2", f"Leisurely has a wait_time of its own: {NO_PACE}"),
+        (Lobby, "2", f"Leisurely has a wait_time of its own: {NO_PACE}"),
+        (Restless, "2", f"Restless interrupts: {NO_PACE}"),
+        (Dutiful, "2", ""),
+        (Leisurely, "", ""),
+        (Restless, "", ""),
+    ],
+)
+def test_with_a_rate_a_task_set_that_goes_on_by_itself_is_warned_of_before_the_run(
+    task_set: type[TaskSet], rate: str, warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Visitor(TCPChatUser):
+        within = task(task_set)
+
+    options = Namespace(
+        echo_server=False, headless=True, autostart=False, processes=None, chat_rate=rate
+    )
+    environment = Environment(
+        user_classes=[Visitor, User], host="127.0.0.1:1", events=Events(), parsed_options=options
+    )
+    locustfile.prepare(environment)
+    assert [record.getMessage() for record in caplog.records] == ([warning] if warning else [])
 
 
 # ----------------------------------------------------------------------------------------- the stop

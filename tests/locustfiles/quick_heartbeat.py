@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from locust import runners
 
-vars(runners)["HEARTBEAT_INTERVAL"] = 0.5  # 1 in Locust, as a whole number
+vars(runners)["HEARTBEAT_INTERVAL"] = 0.5  # 1 in Locust, where it is an int
