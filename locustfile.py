@@ -232,6 +232,8 @@ class TCPChatUser(ChatHooks, User):
         try:
             self.run()
         finally:
+            if self._schedule is not None:
+                self._schedule.count_missed()
             try:
                 self.client.wait_for_echoes(self.environment.stop_timeout)
             finally:  # a second kill ends the wait
@@ -1130,6 +1132,7 @@ class Connection:
         "_knows_what_followed",
         "_loop",
         "_outgoing",
+        "_overdue",
         "_reader",
         "_socket",
         "_tagged",
@@ -1164,6 +1167,8 @@ class Connection:
         self._outgoing: list[Exchange] = []  # not sent yet, or not wholly
         self._tagged: dict[bytes, Exchange] = {}  # started, reply awaited, by tag
         self._untagged: list[Exchange] = []  # started, reply awaited
+        # Of the present read: exchanges with replies that are late, and where their tags are.
+        self._overdue: tuple[tuple[Exchange, bytes, int], ...] = ()
         self._is_flush_scheduled = False
         self._is_paused = False
         self._is_reply_last = True  # nothing has come after the last reply
@@ -1348,13 +1353,18 @@ class Connection:
         :raises ChatError: where the connection has to end
         """
         self._is_reply_last = False
+        payload = b""
         if self._has_built_in_framing:
             for payload in self._framing.feed(data):
                 self._deliver(payload, received_at)
+            if self._overdue:
+                self._judge_overdue(payload, received_at)
             return
         payloads, error = timed_hook("feed", feed_until_error, self._framing, data)
         for payload in payloads:
             self._deliver(payload, received_at)
+        if self._overdue:
+            self._judge_overdue(payload, received_at)
         if isinstance(error, ChatError):
             raise error
         if error is not None:
@@ -1383,7 +1393,8 @@ class Connection:
                 has_own_tag = True
                 owner = self._tagged.get(tag[0])
                 if owner is not None and self._is_too_late(owner, received_at):
-                    self._time_out(owner)
+                    self._overdue = (*self._overdue, (owner, payload, position))
+                    is_taken = True
                 elif owner is not None:
                     del self._tagged[tag[0]]
                     self._take_reply(owner, payload, received_at, position)
@@ -1425,6 +1436,27 @@ class Connection:
     def _is_too_late(self, exchange: Exchange, received_at: float) -> bool:
         """Return whether a reply came after the deadline; the event loop was busy then."""
         return received_at - exchange.started_at > self._client.timeout
+
+    def _judge_overdue(self, last: bytes, received_at: float) -> None:
+        """Fail the exchanges whose replies came too late, as is known once a read was delivered.
+
+        All of a read has the time of its last byte. A reply before that, which came while this
+        process stood still, may have come in time: then it is good, and its time too long.
+
+        :param last: the last message of the read
+        """
+        overdue, self._overdue = self._overdue, ()
+        for exchange, payload, position in overdue:
+            may_be_earlier = payload is not last
+            came_at = RUN.earliest_arrival(received_at) if may_be_earlier else received_at
+            if self._tagged.get(exchange.tag) is not exchange:  # it has ended meanwhile
+                self._deliver_untagged(payload, received_at, has_own_tag=True)
+            elif self._is_too_late(exchange, came_at):
+                self._time_out(exchange)
+                self._deliver_untagged(payload, received_at, has_own_tag=True)
+            else:
+                del self._tagged[exchange.tag]
+                self._take_reply(exchange, payload, received_at, position)
 
     def _take_reply(
         self, exchange: Exchange, payload: bytes, received_at: float, tag_at: int = 0
@@ -2446,17 +2478,29 @@ class Schedule:
         self._client.first_send_at = 0.0
         return max(0.0, self._due - now)
 
+    def count_missed(self) -> None:
+        """Count what fell due and did not start, as the user ends."""
+        if self._client.first_send_at:
+            self.next_pause()
+        late = perf_counter() - self._due - STARTED_IN_TIME
+        if late > 0 and self._is_connected_still():
+            RUN.due += 1 + int(late / self._interval)
+
+    def _is_connected_still(self) -> bool:
+        """Return whether the connection is the one for which tasks have fallen due."""
+        since = self._client.connected_since
+        return since is not None and since == self._connected_since
+
     def next_pause(self) -> float:
         """Return the seconds until the next task is due; 0 where that is past."""
         now = perf_counter()
-        since = self._client.connected_since
         sent_at = self._client.first_send_at
-        if sent_at and since is not None and since == self._connected_since:
+        if sent_at and self._is_connected_still():
             RUN.due += 1
             RUN.started_in_time += sent_at - self._due <= STARTED_IN_TIME
         self._client.first_send_at = 0.0
         self._due += self._interval
-        if since is None or since != self._connected_since:
+        if not self._is_connected_still():
             self._skip_missed(now)
         return max(0.0, self._due - now)
 
@@ -2518,6 +2562,8 @@ class RunRecord:
         self.reads = self.late_reads = 0
         self.stalls = 0
         self.longest_stall = 0.0
+        self._watched_at = math.inf  # ``perf_counter``, when the event loop was seen to turn
+        self._last_stall = (0.0, 0.0)  # when it began and ended
         self.is_traced = False  # a user of this process is
         self.workers: dict[str, Totals] = {}  # by the id of the worker, the latest that it said
         self.lost: set[str] = set()  # ids of workers that were seen to be missing
@@ -2559,16 +2605,33 @@ class RunRecord:
 
     def _watch_event_loop(self) -> None:
         """Notice when this process stands still, and warn of its faults."""
-        looked_at = perf_counter()
+        self._watched_at = perf_counter()
         while True:
             gevent.sleep(WATCH_INTERVAL)
-            pause = perf_counter() - looked_at - WATCH_INTERVAL
-            looked_at = perf_counter()
+            now = perf_counter()
+            pause = now - self._watched_at - WATCH_INTERVAL
             if pause > STOOD_STILL:
                 self.stalls += 1
                 self.longest_stall = max(self.longest_stall, pause)
+                self._last_stall = (self._stall_began(), now)
+            self._watched_at = now
             for fault in own_faults(self.totals()):
                 self.warn_once(fault.kind, f"{fault.text}; {fault.remedy}")
+
+    def earliest_arrival(self, received_at: float) -> float:
+        """Return when bytes may have come that were read before others, which came at that time.
+
+        It is earlier where this process stood still then, and could not look.
+        """
+        began, ended = self._last_stall
+        if perf_counter() - self._watched_at > WATCH_INTERVAL + STOOD_STILL:  # not noticed yet
+            began, ended = self._stall_began(), math.inf
+        return began if began <= received_at <= ended else received_at
+
+    def _stall_began(self) -> float:
+        """Return when the event loop turned last; one iteration between two stalls is none."""
+        began, ended = self._last_stall
+        return began if ended == self._watched_at else self._watched_at
 
     def _watch_workers(self, runner: runners.MasterRunner) -> None:
         """Notice which workers are missing, each second: Locust forgets them after a minute."""
@@ -2752,11 +2815,9 @@ def result_line(environment: env.Environment) -> str:
     if tries + lost_deliveries:  # else only sending was tried, which is counted already
         parts.append(f"{failures + lost_deliveries:,} of {tries + lost_deliveries:,} tries failed")
     disconnects = sum(row.num_failures for row in rows.values() if row.name == "disconnect")
-    parts.append(f"{disconnects:,} disconnects" if disconnects != 1 else "1 disconnect")
-    if totals.in_flight == 1:
-        parts.append("1 echo still awaited at the end")
-    elif totals.in_flight:
-        parts.append(f"{totals.in_flight:,} echoes still awaited at the end")
+    parts.append(counted(disconnects, "disconnect"))
+    if totals.in_flight:
+        parts.append(f"{counted(totals.in_flight, 'echo', 'es')} still awaited at the end")
     parts += generator_faults(environment)
     return "chat: " + "; ".join(parts)
 
@@ -2771,12 +2832,12 @@ def echo_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Totals) 
     row = rows.get(ECHO_ROW)
     echoed = row.num_requests - row.num_failures if row else 0
     if row is None or echoed == 0:
-        where = " (in rows of other names)" if totals.echoed else ""
-        return f"{totals.echoed:,} of {awaited:,} messages echoed{where}"
+        where = f" ({other_rows(rows)})" if totals.echoed else ""
+        return f"{totals.echoed:,} of {counted(awaited, 'message')} echoed{where}"
     rate = row.total_rps - row.total_fail_per_sec
     median, p95, p99 = (row.get_response_time_percentile(share) for share in (0.5, 0.95, 0.99))
     return (
-        f"{echoed:,} messages echoed, {rate:,.1f} a second; "
+        f"{counted(echoed, 'message')} echoed, {rate:,.1f} a second; "
         f"round trip median {in_digits(median)} ms, 95th percentile {in_digits(p95)}, "
         f"99th {in_digits(p99)}, maximum {in_digits(row.max_response_time)}"
     )
@@ -2787,10 +2848,22 @@ def sending_figures(rows: dict[tuple[str, str], stats.StatsEntry], totals: Total
     row = rows.get(("send_chat", "TCP"))
     if row is not None and row.num_requests > row.num_failures:
         rate = row.total_rps - row.total_fail_per_sec
-        sent = f"{row.num_requests - row.num_failures:,} messages sent, {rate:,.1f} a second"
-    else:
-        sent = f"{totals.sent:,} messages sent{' (in rows of other names)' if totals.sent else ''}"
-    return f"no echo was awaited; {sent}"
+        count = row.num_requests - row.num_failures
+        return f"no echo was awaited; {counted(count, 'message')} sent, {rate:,.1f} a second"
+    where = " (in rows of other names)" if totals.sent else ""
+    return f"no echo was awaited; {counted(totals.sent, 'message')} sent{where}"
+
+
+def other_rows(rows: dict[tuple[str, str], stats.StatsEntry]) -> str:
+    """Return where the good echoes are that are not in the row ``echo_response``."""
+    good = {row.name for row in rows.values() if row.num_requests > row.num_failures}
+    is_login_alone = good - {*SERVING_ROWS, "starttls"} == {"login"}
+    return "of logins alone" if is_login_alone else "in rows of other names"
+
+
+def counted(count: int, noun: str, plural_ending: str = "s") -> str:
+    """Return a count with its noun, which is singular for one."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{plural_ending}"
 
 
 def in_digits(milliseconds: float) -> str:
@@ -3042,7 +3115,12 @@ OPTIONS = (
     Option(
         "chat-framing", parse_framing, "Framing: line (default), crlf, nul, raw, or a prefix >I, <H"
     ),
-    Option("chat-echo", parse_echo, "What counts as the echo (default full)", ("", *ECHO_MODES)),
+    Option(
+        "chat-echo",
+        parse_echo,
+        "What counts as the echo: full (default), tag, any, none",
+        ("", *ECHO_MODES),
+    ),
     Option("chat-encoding", parse_encoding, "Encoding of text: utf-8 (default), cp949, gb18030, …"),
     Option("chat-timeout", parse_timeout, "Seconds for connecting, and for each echo (default 5)"),
     Option("chat-wait", parse_pause, "Seconds between messages: 2, 0.5-2 or 0 (default 1-3)"),
@@ -3448,6 +3526,7 @@ class Standalone:
         self._client.trace = self._record
         self._received = b""  # since it was cleared
         self._rows: list[StandaloneRow] = []
+        self._has_echoes = False  # of messages before
         self._banner = b""  # what the server sent before the first message
         self._hints: set[str] = set()
         environment.events.request.add_listener(self._take_row)
@@ -3486,6 +3565,7 @@ class Standalone:
             echo = self._client.send_chat(text, wait=True)
             row = self._rows[-1]
             if row.error is None:
+                self._has_echoes = True
                 times.append(row.milliseconds)
                 # Escaped, as a terminal acts on some characters that a server can send.
                 shown = "" if echo is None else repr(echo[:40])
@@ -3535,6 +3615,11 @@ class Standalone:
             return f"the server speaks TLS: use --host=tls://{bracketed(host)}:{port}"
         if isinstance(error, EchoTruncated):
             return "the server cuts the message: to accept that, use --chat-echo=tag"
+        if isinstance(error, EchoAltered) and not is_valid(data, self._client.encoding):
+            return (
+                f"the tag came back with text that is no {self._client.encoding}: "
+                "use --chat-encoding=cp949 or what else the server has"
+            )
         if isinstance(error, EchoAltered):
             return "the tag came back with other text: use --chat-echo=tag"
         if self._banner or isinstance(error, ConnectionError):
@@ -3543,6 +3628,11 @@ class Standalone:
             return diagnose
         if has_tag and not has_line:
             return "no line end came: use --chat-framing=raw --chat-echo=tag"
+        if has_line and not has_tag and self._has_echoes:
+            return (
+                "others came back: the server may refuse some texts, "
+                "see docs/troubleshooting.md, EchoTimeout, only some texts"
+            )
         if has_line and not has_tag:
             return "lines came without the tag: if they are no refusals, use --chat-echo=any"
         return diagnose
@@ -3566,6 +3656,15 @@ def name_of_framing(framing: FramingFactory) -> str:
 def bracketed(host: str) -> str:
     """Return a host as an address has it: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def is_valid(data: bytes, encoding: str) -> bool:
+    """Return whether bytes are text in an encoding."""
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def is_printable(data: bytes, encoding: str) -> bool:

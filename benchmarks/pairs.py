@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     parser.add_argument("--users", type=int, default=100)
-    parser.add_argument("--slices", type=int, default=60)
+    parser.add_argument("--slices", type=int, choices=range(2, 10_000), default=60, metavar="N")
     parser.add_argument("--rate", type=float, help="messages a second of each user, in open loop")
     parser.add_argument("--tls", action="store_true", help="over TLS; needs openssl")
     parser.add_argument("--json", action="store_true", help="print JSON")

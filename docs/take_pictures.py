@@ -29,21 +29,22 @@ import gevent  # noqa: E402  # isort: skip
 from playwright.sync_api import FloatRect, Page, sync_playwright  # noqa: E402
 
 SECONDS = 90  # of each run: Locust notes a point of the report's charts every 5 s
-RISING = ("--users=200", "--spawn-rate=3")
-TEN = ("--users=10", "--spawn-rate=10")
+RISING = "--users=200 --spawn-rate=3"
+TEN = "--users=10 --spawn-rate=10"
 # What the server does, and the load. All run at once, and none needs a tenth of a processor.
-RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "healthy": (("healthy",), RISING),
-    "step": (("step", "100"), RISING),
-    "limit": (("limit", "100"), RISING),
-    "queue": (("queue", "5"), ("--users=40", "--spawn-rate=0.5", "--chat-wait=0")),
-    "leak": (("leak", "40"), ("--users=100", "--spawn-rate=50")),
-    "restart": (("healthy",), ("--users=100", "--spawn-rate=50", "--chat-timeout=2")),
-    "closed": (("stall", "2000"), (*TEN, "--chat-wait=0.1")),
-    "open": (("stall", "2000"), (*TEN, "--chat-rate=8")),
+RUNS = {
+    "healthy": ("healthy", RISING),
+    "step": ("step 100", RISING),
+    "limit": ("limit 100", RISING),
+    "queue": ("queue 5", "--users=40 --spawn-rate=0.5 --chat-wait=0"),
+    "leak": ("leak 40", "--users=100 --spawn-rate=50"),
+    "restart": ("healthy", "--users=100 --spawn-rate=50 --chat-timeout=2"),
+    "closed": ("stall 2000", f"{TEN} --chat-wait=0.1"),
+    "open": ("stall 2000", f"{TEN} --chat-rate=8"),
 }
 # Seconds into the run "restart" when its server is killed, and when it is started again.
 DOWN, UP = 30, 45
+LOADING = (*LOCUST, "-f", ROOT / "locustfile.py")
 CHARTS = "[_echarts_instance_]:has(canvas)"
 WIDE, NARROW = 1280, 900  # pixels
 
@@ -62,44 +63,47 @@ def started(*command: str | Path) -> Iterator[Program]:
 
 
 @contextlib.contextmanager
-def serving(port: int, *arguments: str) -> Iterator[Program]:
+def serving(port: int, illness: str) -> Iterator[Program]:
     """Run the server of the documentation; it listens when the block begins."""
     script = DOCS / "sick_server.py"
-    with started(sys.executable, script, *arguments, f"--port={port}") as server:
+    arguments = [*illness.split(), f"--port={port}"]
+    with started(sys.executable, script, *arguments) as server:
         server.prints("Ctrl-C")
         yield server
 
 
+def web_options(port: int) -> list[str]:
+    """Return the options of Locust for a web UI of this machine alone."""
+    return [f"--web-port={port}", "--web-host=127.0.0.1"]
+
+
 def run(name: str, report: Path, web_port: int | None) -> None:
     """Start server and load of that name; return when the report is written."""
-    arguments, load = RUNS[name]
+    illness, load = RUNS[name]
     mode = ["--headless"]
     if web_port is not None:
-        mode = [f"--web-port={web_port}", "--web-host=127.0.0.1", "--autostart", "--autoquit=0"]
+        mode = [*web_options(web_port), "--autostart", "--autoquit=0"]
     with contextlib.ExitStack() as stack:
         port = free_port()
-        server = stack.enter_context(serving(port, *arguments))
-        host = f"--host=127.0.0.1:{port}"
-        length = f"--run-time={SECONDS}s"
-        command: tuple[str | Path, ...] = (
-            *LOCUST,
-            "-f",
-            ROOT / "locustfile.py",
-            host,
-            *load,
-            length,
+        server = stack.enter_context(serving(port, illness))
+        locust = started(
+            *LOADING,
+            *load.split(),
             *mode,
+            f"--host=127.0.0.1:{port}",
+            f"--run-time={SECONDS}s",
+            f"--html={report}",
         )
-        running = stack.enter_context(started(*command, f"--html={report}"))
+        running = stack.enter_context(locust)
         running.prints("Ramping to")
         if name == "restart":
             gevent.sleep(DOWN)
             server.kill()
             gevent.sleep(UP - DOWN)
-            stack.enter_context(serving(port, *arguments))
+            stack.enter_context(serving(port, illness))
         running.ends(SECONDS + 60)
-        summary = running.output[running.output.index("Shutting down") :]
-        print(f"\n{name}: {' '.join(arguments)}\n{summary}")
+        end = running.output.index("Shutting down")
+        print(f"\n{name}: {illness}\n{running.output[end:]}")
 
 
 # ----------------------------------------------------------------------------------- the browser
@@ -132,8 +136,17 @@ def area_of_charts(page: Page, *, from_top: bool) -> FloatRect:
     assert last is not None
     assert size is not None
     top = 0.0 if from_top else max(0.0, first["y"] - 8)
-    bottom = last["y"] + last["height"] + 8
-    return {"x": 0, "y": top, "width": size["width"], "height": bottom - top}
+    return {
+        "x": 0,
+        "y": top,
+        "width": size["width"],
+        "height": bottom_of(last) - top,
+    }
+
+
+def bottom_of(area: FloatRect) -> float:
+    """Return where an area of a page ends, with a small margin."""
+    return area["y"] + area["height"] + 8
 
 
 def save(page: Page, path: Path, area: FloatRect | None = None) -> None:
@@ -161,9 +174,8 @@ def listens(port: int) -> bool:
 def take_form(path: Path) -> None:
     """Save the form of the web UI, with a mode chosen in its drop-down."""
     port = free_port()
-    host = "--host=localhost:12345"
-    web = (f"--web-port={port}", "--web-host=127.0.0.1")
-    with started(*LOCUST, "-f", ROOT / "locustfile.py", host, *web), browser_page(NARROW) as page:
+    locust = started(*LOADING, "--host=localhost:12345", *web_options(port))
+    with locust, browser_page(NARROW) as page:
         wait_until(lambda: listens(port))
         page.set_viewport_size({"width": NARROW, "height": 2 * NARROW})  # so that nothing scrolls
         page.goto(f"http://127.0.0.1:{port}/")
@@ -173,8 +185,8 @@ def take_form(path: Path) -> None:
         start.click(trial=True)  # clicks nothing, but waits until the form has unfolded
         button = start.bounding_box()
         assert button is not None
-        bottom = button["y"] + button["height"] + 8
-        save(page, path, {"x": 0, "y": 0, "width": NARROW, "height": bottom})
+        area: FloatRect = {"x": 0, "y": 0, "width": NARROW, "height": bottom_of(button)}
+        save(page, path, area)
 
 
 def take_web_ui(port: int, path: Path) -> None:
@@ -185,7 +197,8 @@ def take_web_ui(port: int, path: Path) -> None:
         page.get_by_role("tab", name="Charts").click()
         wait_for_charts(page)
         page.wait_for_function("/Users\\s+200\\b/.test(document.body.innerText)", timeout=0)
-        page.wait_for_timeout(max(0.0, deadline - time.monotonic()) * 1000)
+        seconds = max(0.0, deadline - time.monotonic())
+        page.wait_for_timeout(seconds * 1000)
         save(page, path)
 
 
@@ -206,14 +219,14 @@ def take_pictures(names: list[str], output: Path) -> None:
     web_port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder) / f"{name}.html" for name in names}
-        runs = {
-            name: gevent.spawn(run, name, report, web_port if name == "healthy" else None)
-            for name, report in reports.items()
-        }
-        if "healthy" in runs:
+        runs = []
+        for name, report in reports.items():
+            port = web_port if name == "healthy" else None
+            runs.append(gevent.spawn(run, name, report, port))
+        if "healthy" in reports:
             wait_until(lambda: listens(web_port))
             take_web_ui(web_port, output / "web-ui.png")
-        gevent.joinall(runs.values(), raise_error=True)
+        gevent.joinall(runs, raise_error=True)
         for name, report in reports.items():
             take_report(report, output / f"{name}.png")
         if "healthy" in reports:
@@ -225,8 +238,18 @@ def main() -> None:
     """Make the pictures that the command line names."""
     parser = argparse.ArgumentParser(description="Make the pictures of the documentation.")
     names = ", ".join(RUNS)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {names} (default: all)")
-    parser.add_argument("--output", type=Path, default=DOCS / "images", help="the folder")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help=f"of {names} (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DOCS / "images",
+        help="the folder",
+    )
     options = parser.parse_args()
     unknown = sorted(set(options.runs) - set(RUNS))
     if unknown:

@@ -389,7 +389,15 @@ def abuse_result(environment: Environment) -> str:
     rows = abuse_rows(environment)
     if not rows:
         return "nobody has abused the server: use --users=2 or more, and a longer --run-time"
-    blamed = [f"{name} ({count} ×)" for name, count in blamed_abuses(environment).items()]
+    was_never_echoed = canary_echoes(environment) == 0 and failures_of(environment, NotEchoed)
+    if was_never_echoed and not failures_of(environment, NotAccepted, NotEnded, Leaked):
+        return "nothing was tested, as the server echoed nobody"
+    blamed = [
+        f"{name} ({count} ×)"
+        for name, count in failures_of(
+            environment, NotAccepted, NotEchoed, NotEnded, Leaked
+        ).items()
+    ]
     if blamed:
         return f"the server did not survive: {', '.join(blamed)}"
     failed = sum(row.num_failures for row in rows)
@@ -399,9 +407,9 @@ def abuse_result(environment: Environment) -> str:
     return f"the server survived all {count} abuses, of {len(rows)} kinds"
 
 
-def blamed_abuses(environment: Environment) -> Counter[str]:
-    """Return how often each kind of abuse was followed by trouble: not those without a server."""
-    names = tuple(kind.__name__ for kind in (NotAccepted, NotEchoed, NotEnded, Leaked))
+def failures_of(environment: Environment, *kinds: type[Exception]) -> Counter[str]:
+    """Return how often each kind of abuse was followed by trouble of some kinds."""
+    names = tuple(kind.__name__ for kind in kinds)
     counts: Counter[str] = Counter()
     for error in environment.stats.errors.values():
         # A master has the errors of its workers as text.

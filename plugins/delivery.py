@@ -353,7 +353,6 @@ class Account:
         self.rooms: dict[str, Room] = {}
         self.logins: Counter[bytes] = Counter()  # by the identities of users
         self.hearing_users: set[bytes] = set()  # who have heard somebody
-        self.losing_users: set[bytes] = set()  # who have lost something
         self.messages: dict[bytes, Message] = {}  # by tag: the pending and the judged
         self._pending: deque[Message] = deque()  # the oldest first
         self._judged: deque[Message] = deque()
@@ -507,7 +506,6 @@ class Account:
         if sender.is_present:
             message.room.said_at = message.made_at
         self.counts["lost"] += len(missed)
-        self.losing_users.update(session.identity for session in missed)
         return missed
 
 
@@ -632,7 +630,7 @@ def own_counts() -> Counter[str]:
     """Return the counts of this process."""
     counts = ACCOUNT.counts.copy()
     counts["users"] = len(ACCOUNT.logins)
-    counts["deaf_users"] = len(ACCOUNT.losing_users - ACCOUNT.hearing_users)
+    counts["deaf_users"] = len(ACCOUNT.logins.keys() - ACCOUNT.hearing_users)
     return counts
 
 

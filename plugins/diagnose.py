@@ -21,9 +21,10 @@ before the command: write the file of its authority there.
 Limits: an answer with words of an error or of a login counts as a refusal (``REFUSAL``), which is
 no echo. Another one may be a refusal, too: with ``--chat-echo=any``, see what it says. Where a
 server accepts ``\n`` and ``\r\n``, the answer is ``line``. The mode is ``tag`` with ``raw``, as an
-echo may come in two reads, and where a server changes characters, maybe as it has another encoding
-(``--chat-encoding``). An answer that takes over two seconds is not seen. A server that neither
-answers nor passes a message on cannot be told from one that speaks something else.
+echo may come in two reads, and where a server changes characters. Where what it sends is no UTF-8,
+a line says so: the server may have another encoding (``--chat-encoding``). An answer that takes
+over two seconds is not seen. A server that neither answers nor passes a message on cannot be told
+from one that speaks something else.
 
 Exit code: 0 where a command works, 1 where none does, 2 for wrong arguments.
 """
@@ -66,6 +67,10 @@ SELF_COUNTING = "self-counting "
 FRAMINGS = ("line", "crlf", "raw", "nul", *PREFIXES, *(SELF_COUNTING + p for p in PREFIXES))
 # The second has what servers lose or escape. No length, prefix included, is that of a line end.
 TEXTS = ("Hello, everyone!", "안녕하세요 👋 & < > \" ' \\ %")
+OTHER_ENCODING = (
+    "the text came back as no UTF-8, as from a server with another encoding: to have more than its "
+    "tag looked at, use --chat-echo=full with --chat-encoding=cp949 or what else the server has"
+)
 HTTP_REQUEST = b"GET / HTTP/1.0\r\n\r\n"
 # What stands in an answer that refuses, not in TEXTS. "error": null is none.
 REFUSAL = re.compile(
@@ -352,6 +357,14 @@ class Trial(NamedTuple):
                     return answer
         return None
 
+    def has_other_encoding(self) -> bool:
+        """Return whether a text came back with its tag, and as no UTF-8."""
+        for exchange in self.exchanges:
+            for answer in exchange.answers:
+                if exchange.tag in answer and not locustfile.is_valid(answer, "utf-8"):
+                    return True
+        return False
+
     def describe(self) -> str:
         """Say what came."""
         parts = [f"came {escaped(self.received)}" if self.received else "nothing came"]
@@ -471,6 +484,8 @@ def try_framings(server: Server, has_greeting: bool) -> str:
             prefix = framing.removeprefix(SELF_COUNTING)
             raise NothingWorks(f"the length prefix ({prefix}) counts itself: {EXAMPLE}")
         if trial.mode != "any" and works(server, trial):
+            if trial.mode == "tag" and trial.has_other_encoding():
+                print(OTHER_ENCODING)
             return server.command(trial.framing, trial.mode)
         trials.append(trial)
     if ask(server, HTTP_REQUEST).received.startswith(b"HTTP/"):

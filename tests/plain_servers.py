@@ -90,6 +90,14 @@ def echo_with_news(connection: socket.socket, seconds: str) -> None:
         after = time.perf_counter()
 
 
+def echo_and_talk(connection: socket.socket, seconds: str) -> None:
+    """Send each line back at once, and a broadcast behind it after a pause."""
+    for line in lines(connection):
+        connection.sendall(line + b"\n")
+        time.sleep(float(seconds))
+        connection.sendall(b"news\n")
+
+
 def kick(connection: socket.socket, count: str, ending: str) -> None:
     """Send so many lines back, then a reason, and end the connection.
 

@@ -17,12 +17,13 @@ import abnormal_clients
 import gevent
 import pytest
 from abnormal_clients import HALF, AbnormalClient
+from clients import at_once
 from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.event import Events
 from programs import QUICK_LOCUST, Program, Start, WebUI, bus_options, wait_until
-from rows import Rows
-from servers import Serve, echo, free_port, lines
+from rows import Rows, last_line
+from servers import Serve, echo, free_port, hang_up, lines, silent
 
 import locustfile
 
@@ -50,10 +51,12 @@ KINDS = {
 def documented() -> list[str]:
     """Return the command of the plugin's first lines, with shorter pauses."""
     text = (abnormal_clients.__doc__ or "").replace("\\\n", "")
-    command = next(line for line in text.splitlines() if line.startswith("    locust -f"))
-    program, option, files, *options = shlex.split(command)
-    assert (program, option, files) == ("locust", *PLUGIN)
-    return [option, f"{files},tests/locustfiles/short_abuses.py", *options, "--chat-wait=0.05"]
+    match = re.search(r"^    locust (-f .*)$", text, re.MULTILINE)
+    assert match is not None
+    option, files, *options = shlex.split(match[1])
+    assert (option, files) == PLUGIN
+    files += ",tests/locustfiles/short_abuses.py"
+    return [option, files, *options, "--chat-wait=0.05"]
 
 
 def end(running: Program) -> int:
@@ -61,13 +64,6 @@ def end(running: Program) -> int:
     code = running.stop()
     assert "Traceback" not in running.output
     return code
-
-
-def last_line(running: Program) -> str:
-    """Return the last line of a run, after Locust's tables and the line of the core."""
-    tables, _, rest = running.output.rpartition("\nchat: ")
-    assert "Response time percentiles" in tables
-    return rest.splitlines()[-1]
 
 
 def kinds_in(output: str) -> set[str]:
@@ -91,27 +87,32 @@ class WellMade:
         self.seen: set[str] = set()
 
     def __call__(self, connection: socket.socket) -> None:
-        chunks: list[bytes] = []
+        received = b""
         rest = b""
+        reads = 0
         ending = "closed"
         try:
             while data := connection.recv(65536):
-                chunks.append(data)
+                received += data
+                reads += 1
                 *complete, rest = (rest + data).split(b"\n")
-                connection.sendall(b"".join(map(self._answer, complete)))
+                for line in complete:
+                    connection.sendall(self._answer(line))
                 if len(rest) > 65536:
                     ending = "too long"
                     break
         except ConnectionResetError:
             ending = "reset"
-        self.seen.add(self._kind(b"".join(chunks), len(chunks), ending))
+        kind = self._kind(received, reads, ending)
+        self.seen.add(kind)
 
     @staticmethod
     def _answer(line: bytes) -> bytes:
         try:
-            return line.decode().encode() + b"\n"
+            line.decode()
         except UnicodeDecodeError:
             return b"error: not UTF-8\n"
+        return line + b"\n"
 
     @staticmethod
     def _kind(data: bytes, reads: int, ending: str) -> str:
@@ -127,7 +128,10 @@ class WellMade:
             "half-close": data == b"Goodbye!\n" and ending == "closed",
             "trickle": data == b"Slowly!\n" and reads > 1,
         }
-        return next((kind for kind, is_met in conditions.items() if is_met), "a message")
+        for kind, is_met in conditions.items():
+            if is_met:
+                return kind
+        return "a message"
 
 
 def leaking() -> Callable[[socket.socket], None]:
@@ -140,7 +144,8 @@ def leaking() -> Callable[[socket.socket], None]:
         try:
             while data := connection.recv(65536):
                 *complete, rest = (rest + data).split(b"\n")
-                connection.sendall(b"".join(line + b"\n" for line in complete))
+                for line in complete:
+                    connection.sendall(line + b"\n")
         except ConnectionResetError:
             halves.append(rest)
 
@@ -156,7 +161,8 @@ def test_a_well_made_server_sees_every_abuse_and_passes(start: Start, serve: Ser
     listening = serve(server)
     running = start(*QUICK_LOCUST, *documented(), f"--host={listening.address}")
     running.prints('{"AbnormalClient": 19, "Canary": 1}')
-    wait_until(lambda: server.seen >= KINDS and kinds_in(running.output) == KINDS)
+    wait_until(lambda: server.seen >= KINDS)
+    wait_until(lambda: kinds_in(running.output) == KINDS)
     assert end(running) == 0
     said = (
         r"abnormal clients: the canary got (\d+) of \1 echoes; the server survived all \d+ abuses.*"
@@ -174,9 +180,11 @@ def test_a_server_that_crashes_on_invalid_text_fails(start: Start, serve: Serve)
     def server(connection: socket.socket) -> None:
         for line in lines(connection):
             try:
-                connection.sendall(line.decode().encode() + b"\n")
+                line.decode()
             except UnicodeDecodeError:
                 crashed.append(line)
+            else:
+                connection.sendall(line + b"\n")
 
     listening = serve(server)
     running = start(*QUICK_LOCUST, *documented(), f"--host={listening.address}")
@@ -194,12 +202,16 @@ def test_a_server_that_crashes_on_invalid_text_fails(start: Start, serve: Serve)
 
 @pytest.mark.together
 def test_abuses_that_found_no_server_are_not_blamed(start: Start) -> None:
-    options = "--headless --users=3 --spawn-rate=9 --run-time=1s --chat-wait=0.1"
-    running = start(*QUICK_LOCUST, *PLUGIN, f"--host=127.0.0.1:{free_port()}", *options.split())
-    assert running.ends() == 1
-    assert re.search(
-        r"the canary got 0 of 0 echoes.*; \d+ abuses found no server$", last_line(running)
+    running = start(
+        *QUICK_LOCUST,
+        *PLUGIN,
+        f"--host=127.0.0.1:{free_port()}",
+        *("--headless", "--users=3", "--spawn-rate=9", "--run-time=1s"),
+        "--chat-wait=0.1",
     )
+    assert running.ends() == 1
+    said = r"the canary got 0 of 0 echoes.*; \d+ abuses found no server$"
+    assert re.search(said, last_line(running))
 
 
 @pytest.mark.together
@@ -208,7 +220,7 @@ def test_in_a_room_whose_members_get_half_a_flood_the_canary_is_not_hit(
 ) -> None:
     """A room that takes the end of a connection for that of a message gives it to everybody."""
     members: set[socket.socket] = set()
-    longest = [0]
+    lengths: set[int] = set()
 
     def room(connection: socket.socket) -> None:
         members.add(connection)
@@ -223,14 +235,15 @@ def test_in_a_room_whose_members_get_half_a_flood_the_canary_is_not_hit(
             members.discard(connection)
 
     def tell(line: bytes) -> None:
-        longest[0] = max(longest[0], len(line))
+        lengths.add(len(line))
         for member in list(members):
             with contextlib.suppress(OSError):
                 member.sendall(b"guest: " + line + b"\n")
 
     host = f"--host={serve(room).address}"
     running = start(*QUICK_LOCUST, *documented(), host)
-    wait_until(lambda: longest[0] > 200_000 and "TCP      echo_response" in running.output)
+    wait_until(lambda: max(lengths, default=0) > 200_000)
+    wait_until(lambda: "TCP      echo_response" in running.output)
     end(running)  # 1 where a half message came to a member that had just joined: it is told to all
     assert re.match(r"abnormal clients: the canary got (\d+) of \1 echoes; ", last_line(running))
 
@@ -243,9 +256,13 @@ def test_an_abuse_that_failed_fails_the_run_whatever_limit_holds(
     files = ["plugins/abnormal_clients.py", "plugins/verdict.py"]
     if not is_verdict_last:
         files.reverse()
-    options = "--headless --users=9 --spawn-rate=9 --chat-wait=0.05 --chat-max-fail-ratio=1"
-    address = serve(leaking()).address
-    running = start(*QUICK_LOCUST, "-f", ",".join(files), f"--host={address}", *options.split())
+    running = start(
+        *QUICK_LOCUST,
+        *("-f", ",".join(files)),
+        f"--host={serve(leaking()).address}",
+        *("--headless", "--users=9", "--spawn-rate=9"),
+        *("--chat-wait=0.05", "--chat-max-fail-ratio=1"),
+    )
     wait_until(lambda: failures(running.output, "ABUSE +half, then reset"))
     assert end(running) == 1
     said = "Half a message of a connection that was reset came to a new connection."
@@ -256,10 +273,13 @@ def test_an_abuse_that_failed_fails_the_run_whatever_limit_holds(
 def test_a_canary_that_got_no_echo_fails_the_run_and_says_so_once(
     start: Start, serve: Serve
 ) -> None:
-    server = serve(lambda connection: [None for _ in lines(connection)])
-    options = "--headless --users=3 --spawn-rate=9 --run-time=1s --chat-timeout=60 --processes=1"
-    host = f"--host={server.address}"
-    running = start(*QUICK_LOCUST, *PLUGIN, host, *options.split(), *bus_options())
+    running = start(
+        *QUICK_LOCUST,
+        *PLUGIN,
+        f"--host={serve(silent).address}",
+        *("--headless", "--users=3", "--spawn-rate=9", "--run-time=1s"),
+        *("--chat-timeout=60", "--processes=1", *bus_options()),
+    )
     assert running.ends() == 1
     (line,) = re.findall("^abnormal clients: .*", running.output, re.MULTILINE)
     assert line.startswith("abnormal clients: the canary got 0 of 0 echoes; ")
@@ -267,8 +287,9 @@ def test_a_canary_that_got_no_echo_fails_the_run_and_says_so_once(
 
 @pytest.mark.together
 def test_a_run_without_an_abuser_fails_and_says_what_to_write(start: Start, serve: Serve) -> None:
-    options = f"--headless --users=1 --run-time=2s --host={serve(echo).address}"
-    running = start(*QUICK_LOCUST, *PLUGIN, *options.split())
+    host = f"--host={serve(echo).address}"
+    options = ("--headless", "--users=1", "--run-time=2s")
+    running = start(*QUICK_LOCUST, *PLUGIN, host, *options)
     assert running.ends() == 1
     assert "; nobody has abused the server: use --users=2 or more" in last_line(running)
 
@@ -277,14 +298,19 @@ def test_a_run_without_an_abuser_fails_and_says_what_to_write(start: Start, serv
 def test_a_worker_gets_the_plugin_from_its_master(
     start: Start, serve: Serve, tmp_path: Path
 ) -> None:
-    server = serve(echo)
     bus = bus_options()
-    files = ("-f", "locustfile.py,plugins/abnormal_clients.py", "Canary", "AbnormalClient")
-    users = f"--headless --expect-workers=1 --users=4 --spawn-rate=4 --host={server.address}"
-    master = start(*QUICK_LOCUST, *files, "--master", *bus, *users.split())
+    master = start(
+        *QUICK_LOCUST,
+        *("-f", "locustfile.py,plugins/abnormal_clients.py"),
+        *("Canary", "AbnormalClient"),
+        f"--host={serve(echo).address}",
+        *("--headless", "--users=4", "--spawn-rate=4"),
+        *("--master", "--expect-workers=1", *bus),
+    )
     worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path)
     master.prints('All users spawned: {"AbnormalClient": 3, "Canary": 1')
-    wait_until(lambda: kinds_in(master.output) and "TCP      echo_response" in master.output)
+    wait_until(lambda: kinds_in(master.output))
+    wait_until(lambda: "TCP      echo_response" in master.output)
     assert end(master) == 0
     assert worker.ends() == 0
 
@@ -294,8 +320,8 @@ def test_a_worker_gets_the_plugin_from_its_master(
 def test_a_server_with_tls_is_refused_at_the_start_in_one_line(
     start: Start, processes: tuple[str, ...]
 ) -> None:
-    options = "--headless --users=2 --host=tls://localhost:1"
-    running = start(*QUICK_LOCUST, *PLUGIN, *options.split(), *processes)
+    options = ("--headless", "--users=2", "--host=tls://localhost:1")
+    running = start(*QUICK_LOCUST, *PLUGIN, *options, *processes)
     assert running.ends() == 1
     said = [line for line in running.output.splitlines() if "INFO" not in line]
     assert said == [f"locust: error: {NO_TLS}"]
@@ -333,7 +359,9 @@ def user(rows: Rows) -> Iterator[User]:
         **options: str,
     ) -> AbnormalClient:
         environment = Environment(
-            host=f"{host}:{port}", events=Events(), parsed_options=Namespace(**options)
+            host=f"{host}:{port}",
+            events=Events(),
+            parsed_options=Namespace(**options),
         )
         environment.events.request.add_listener(lambda **row: rows.append(row))
         abnormal.append(user_class(environment))
@@ -349,7 +377,9 @@ def test_one_row_for_an_abuse_and_none_for_the_question_after_it(
 ) -> None:
     user(serve(echo).port).half_close()
     (row,) = rows
-    assert (row["request_type"], row["name"], row["exception"]) == ("ABUSE", "half-close", None)
+    assert row["request_type"] == "ABUSE"
+    assert row["name"] == "half-close"
+    assert row["exception"] is None
     assert row["response_time"] > 0
 
 
@@ -357,8 +387,9 @@ def test_a_server_that_hangs_up_at_once_has_only_failed_to_echo_afterwards(
     user: User, serve: Serve, rows: Rows
 ) -> None:
     """Hanging up is a right answer to an abuse, but not to what is asked afterwards."""
-    user(serve(lambda connection: None).port, chat_echo="none").invalid_utf_8()
-    user(serve(lambda connection: None).port).invalid_utf_8()
+    server = serve(hang_up)
+    user(server.port, chat_echo="none").invalid_utf_8()
+    user(server.port).invalid_utf_8()
     assert rows.counts() == {"invalid UTF-8": 1, "invalid UTF-8: NotEchoed": 1}
 
 
@@ -387,7 +418,10 @@ def test_a_server_that_serves_nobody_while_one_is_slow_fails(
     def server(connection: socket.socket) -> None:
         while data := connection.recv(65536):
             with turn:
-                while not data.endswith(b"\n") and (more := connection.recv(65536)):
+                while not data.endswith(b"\n"):
+                    more = connection.recv(65536)
+                    if not more:
+                        return
                     data += more
                 connection.sendall(data)
 
@@ -414,9 +448,11 @@ def test_a_connection_that_the_server_does_not_end_is_a_failure(
 def test_a_server_that_stops_reading_does_not_stop_the_client(
     user: User, serve: Serve, rows: Rows
 ) -> None:
-    port = serve(lambda connection: wait_until(lambda: rows)).port
+    server = serve(lambda connection: wait_until(lambda: rows))
+    more_than_the_kernel_takes = b"x" * 2**24
     with gevent.Timeout(60):
-        user(port, chat_timeout="0.5").abuse("more than the kernel takes", b"x" * 2**24)
+        abnormal = user(server.port, chat_timeout="0.5")
+        abnormal.abuse("more than the kernel takes", more_than_the_kernel_takes)
     assert rows.counts() == {"more than the kernel takes: NotEnded": 1}
 
 
@@ -426,10 +462,15 @@ def test_nothing_listens(user: User, rows: Rows) -> None:
 
 
 @pytest.mark.parametrize(
-    ("framing", "failed"), [("line", ": Leaked"), ("crlf", ": Leaked"), ("raw", "")]
+    ("framing", "row"),
+    [
+        ("line", "half, then reset: Leaked"),
+        ("crlf", "half, then reset: Leaked"),
+        ("raw", "half, then reset"),
+    ],
 )
 def test_half_a_message_before_the_echo_is_a_leak_but_in_raw_it_is_a_message(
-    user: User, serve: Serve, rows: Rows, framing: str, failed: str
+    user: User, serve: Serve, rows: Rows, framing: str, row: str
 ) -> None:
     halves: list[bytes] = []
 
@@ -439,8 +480,9 @@ def test_half_a_message_before_the_echo_is_a_leak_but_in_raw_it_is_a_message(
             halves[:] = [data + b"\n"]
             connection.sendall(data)
 
-    user(serve(server).port, chat_framing=framing, chat_echo="tag").half_then_reset()
-    assert rows.counts() == {f"half, then reset{failed}": 1}
+    abnormal = user(serve(server).port, chat_framing=framing, chat_echo="tag")
+    abnormal.half_then_reset()
+    assert rows.counts() == {row: 1}
 
 
 def test_no_leak_is_missed_while_many_users_ask_at_a_time(
@@ -451,7 +493,8 @@ def test_no_leak_is_missed_while_many_users_ask_at_a_time(
             connection.sendall(HALF + b"\n" + line + b"\n")
 
     port = serve(server).port
-    gevent.joinall([gevent.spawn(user(port).connect_and_leave) for _ in range(20)])
+    clients = [user(port) for _ in range(20)]
+    at_once(AbnormalClient.connect_and_leave, clients)
     assert rows.counts() == {"connect and leave: Leaked": 20}
 
 
@@ -464,7 +507,7 @@ def test_half_a_message_within_the_echo_is_a_leak(user: User, serve: Serve, rows
     ("framing", "short", "huge"),
     [
         ("<H", b"\xc8\0", b"\xff" * 2),
-        (">Q", b"\0" * 7 + b"\xc8", b"\xff" * 8),
+        (">Q", b"\0\0\0\0\0\0\0\xc8", b"\xff" * 8),
         ("crlf", b"\0\0\0\xc8", b"\xff" * 4),
     ],
 )
@@ -521,6 +564,8 @@ def test_nothing_is_judged_where_nothing_was_started(capsys: pytest.CaptureFixtu
 
 
 def test_every_kind_of_error_has_a_text_of_its_own() -> None:
-    classes = [item for item in vars(abnormal_clients).values() if isinstance(item, type)]
-    texts = [str(item()) for item in classes if issubclass(item, locustfile.ChatError)]
+    texts: list[str] = []
+    for item in vars(abnormal_clients).values():
+        if isinstance(item, type) and issubclass(item, locustfile.ChatError):
+            texts.append(str(item()))
     assert len(texts) == len(set(texts)) == 4

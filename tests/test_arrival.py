@@ -24,7 +24,9 @@ from certificates import Context
 from clients import Connect
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_servers import ServerProcess, echo, echo_with_news, kick
+from locust.env import Environment
+from locust.event import Events
+from plain_servers import ServerProcess, echo, echo_and_talk, echo_with_news, kick
 from programs import LOCUST, ROOT, Start, latest_counts, rows_of, wait_until
 from rows import Rows
 
@@ -267,6 +269,50 @@ def test_an_echo_that_came_too_late_is_a_time_out_however_late_it_is_read(
         busy(1)
         wait_until(lambda: rows.named("echo_response"))
         assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response: EchoTimeout": 1}
+
+
+@pytest.fixture
+def watched() -> Iterator[None]:
+    """Let this process notice that it stands still, as it does in a run."""
+    environment = Environment(events=Events())
+    locustfile.begin_run(environment)
+    yield
+    locustfile.end_run(environment)
+
+
+@needs_stamps
+@pytest.mark.usefixtures("watched")
+def test_an_echo_that_waited_in_one_read_with_later_talk_may_have_come_in_time(
+    connect: Connect, rows: Rows
+) -> None:
+    """The kernel says only when the last byte of a read has come: half a second after the echo."""
+    heard = Heard()
+    with ServerProcess(echo_and_talk, 0.5) as server:
+        client = connect(server.port, timeout=0.2, on_message=heard.take)
+        assert client.connect()
+        gevent.sleep(0.3)
+        hand_over(client, "hello")
+        busy(1.2)
+        wait_until(lambda: rows.named("echo_response") and heard)
+        assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
+        assert heard.payloads == [b"news"]
+
+
+@needs_stamps
+@pytest.mark.usefixtures("watched")
+def test_an_echo_that_came_too_late_while_the_generator_stood_still_is_a_time_out(
+    connect: Connect, rows: Rows
+) -> None:
+    heard = Heard()
+    with ServerProcess(echo, 0.5) as server:
+        client = connect(server.port, timeout=0.2, on_message=heard.take)
+        assert client.connect()
+        gevent.sleep(0.3)
+        hand_over(client, "hello")
+        busy(1.2)
+        wait_until(lambda: rows.named("echo_response") and heard)
+        assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response: EchoTimeout": 1}
+        assert heard.payloads == [f"[{client.identity}.1] hello".encode()]
 
 
 @needs_stamps

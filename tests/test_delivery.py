@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from locust import between  # isort: skip  # first: it replaces blocking calls with gevent's
-
 import json
 import random
 import re
@@ -11,7 +9,7 @@ import shlex
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import NamedTuple
 
@@ -20,25 +18,42 @@ import gevent
 import psutil
 import pytest
 from gevent.event import Event
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from locust.env import Environment
 from programs import (
     QUICK_LOCUST,
-    ROOT,
     Program,
     Start,
     WebUI,
     bus_options,
     latest_counts,
+    programs,
     wait_until,
 )
 from rows import Rows
-from servers import Handler, Serve, Server, lines
+from servers import Handler, Serve, Server, lines, servers
 
 import locustfile
 
 Fault = Callable[[int, bytes], list[bytes]]
-Meet = Callable[[Handler], "Meeting"]
+Meet = Callable[..., "Meeting"]
 END = b"that was all"  # no fault of a room touches it, and it carries no stamp
+FOREIGN = "0000000"  # a machine that is not this one
+
+
+def told_of(error: locustfile.ChatError | None) -> str:
+    """Return "lost" for ``DeliveryLost``, and so on, and "arrived" where there is no error."""
+    if error is None:
+        return "arrived"
+    name = type(error).__name__
+    return name.removeprefix("Delivery").lower()
+
+
+def check_counts(counts: Counter[str], **expected: int) -> None:
+    """See that these of the counts are as expected."""
+    shown = {name: counts[name] for name in expected}
+    assert shown == expected
 
 
 # -- the account: what was said and heard at given times, without a connection
@@ -48,431 +63,483 @@ DUE = TIMEOUT + delivery.GRACE  # seconds after which a message is judged
 
 
 class Member(delivery.Delivery):
-    """A user without a connection; it notes what it reports last."""
+    """A user without a connection; it notes what it reports last, and counts what it has lost."""
 
     abstract = True
     timeout = TIMEOUT
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self) -> None:
         super().__init__(Environment(host="127.0.0.1:1"))
-        self.outcome = ""
-        self._book = book
+        self.told = ""
+        self.lost = 0
 
     def report_delivery(
-        self, milliseconds: float | None, size: int, error: locustfile.ChatError | None
+        self,
+        milliseconds: float | None,
+        size: int,
+        error: locustfile.ChatError | None,
     ) -> None:
-        self.outcome = "ARRIVED" if error is None else error_name(error)
-        if self.outcome == "LOST":
-            self._book.lost[self._book.sessions[self]] += 1
-
-
-def error_name(error: locustfile.ChatError) -> str:
-    """Return "LOST" for ``DeliveryLost``, and so on."""
-    return type(error).__name__.removeprefix("Delivery").upper()
+        self.told = told_of(error)
+        if self.told == "lost":
+            self.lost += 1
 
 
 class Book:
-    """An account, with what it reports of each thing in words."""
+    """An account, with users that have names; ``"ann ben"`` are two of them.
+
+    ``hears…`` let a copy of a message arrive, and see what is told of it.
+    """
 
     def __init__(self) -> None:
         self.account = delivery.Account()
-        self.lost: Counter[delivery.Session] = Counter()
-        self.sessions: dict[delivery.Delivery, delivery.Session] = {}  # the latest of each
-        self._members: dict[int, Member] = {}
-        self._numbers: Counter[bytes] = Counter()
+        self.members: dict[str, Member] = {}
+        self.sessions: dict[str, delivery.Session] = {}  # the latest of each
+        self._said: Counter[str] = Counter()
 
-    @property
-    def counts(self) -> Counter[str]:
-        return self.account.counts
+    def join(self, names: str, at: float, *, room: str = "") -> None:
+        """Let users log in, for the first time or again."""
+        for name in names.split():
+            member = self.members.setdefault(name, Member())
+            member.room = room
+            self.sessions[name] = self.account.join(member, at)
 
-    def join(self, number: int, at: float, *, room: str = "") -> delivery.Session:
-        """Let a user log in."""
-        member = self._members.setdefault(number, Member(self))
-        member.room = room
-        self.sessions[member] = self.account.join(member, at)
-        return self.sessions[member]
+    def leave(self, names: str, at: float) -> None:
+        """Let the connections of users end."""
+        for name in names.split():
+            self.sessions[name].left_at = at
 
-    def leave(self, session: delivery.Session, at: float) -> None:
-        """Let the connection of a user end."""
-        session.left_at = at
+    def settle(self, names: str) -> None:
+        """Let users log in whom the server is seen to have in the room, and count from there."""
+        self.join(names, 0.0)
+        for name in names.split():
+            self.say(name, 0.1, heard_by=names)
+        self.judge(0.2 + DUE)
+        self.account.counts.clear()
 
-    def join_many(self, count: int) -> list[delivery.Session]:
-        """Let some users log in whom the server is known to have in the room."""
-        sessions = [self.join(user, 0.0) for user in range(1, count + 1)]
-        for session in sessions:
-            self.say(session, 0.1, *sessions)
-        return sessions
+    def say(self, name: str, at: float, *, heard_by: str = "", wait: float = 0.0) -> bytes:
+        """Let a user say something that some users hear: an echo is what it hears itself.
 
-    def say(
-        self, sender: delivery.Session, at: float, *receivers: delivery.Session, wait: float = 0.0
-    ) -> delivery.Message:
-        """Let a user say something that some users hear: an echo is what it hears itself."""
-        self._numbers[sender.identity] += 1
-        tag = b"%s.%d" % (sender.identity, self._numbers[sender.identity])
-        self.account.stamp(sender, tag, sender.connection, at)
-        message = self.account.messages[tag]
-        for receiver in receivers:
-            self.hear(receiver, message, at + wait)
-        return message
+        Return it as it comes to the others.
+        """
+        self._said[name] += 1
+        sender = self.sessions[name]
+        tag = tag_of(sender, self._said[name])
+        self.account.stamp(sender, tag.encode(), sender.connection, at)
+        stamp = stamp_of(tag, at, connection=sender.connection)
+        for receiver in heard_by.split():
+            self.hear(receiver, stamp, at + wait)
+        return stamp
 
-    def hear(self, session: delivery.Session, message: delivery.Message, at: float) -> str:
-        """Let a copy arrive; return what it is."""
-        return self.take(session, stamp_of_message(message), at)
+    def hear(self, name: str, payload: bytes, at: float, *, is_in_order: bool = True) -> str:
+        """Let a payload arrive; return what is told of it, "" where nothing is."""
+        member = self.members[name]
+        member.told = ""
+        self.account.take(self.sessions[name], payload, at, is_in_order)
+        return member.told
 
-    def take(
-        self, session: delivery.Session, payload: bytes, at: float, *, is_in_order: bool = True
-    ) -> str:
-        """Let a payload arrive; return what is reported of it, ``IGNORED`` where nothing is."""
-        member = session.user
-        assert isinstance(member, Member)
-        member.outcome = "IGNORED"
-        self.account.take(session, payload, at, is_in_order)
-        return member.outcome
+    def hears(self, name: str, payload: bytes, at: float, *, is_in_order: bool = True) -> None:
+        """Let a payload arrive that is a delivery."""
+        assert self.hear(name, payload, at, is_in_order=is_in_order) == "arrived"
+
+    def hears_again(self, name: str, payload: bytes, at: float) -> None:
+        """Let a payload arrive that is a repetition."""
+        assert self.hear(name, payload, at) == "repeated"
+
+    def hears_out_of_order(self, name: str, payload: bytes, at: float) -> None:
+        """Let a payload arrive that is behind a later one."""
+        assert self.hear(name, payload, at) == "reordered"
+
+    def hears_nothing_new(self, name: str, payload: bytes, at: float) -> None:
+        """Let a payload arrive of which nothing is told."""
+        assert self.hear(name, payload, at) == ""
 
     def judge(self, now: float) -> None:
         """Judge what is due."""
         self.account.judge_due(now)
 
+    def check_counts(self, **expected: int) -> None:
+        """See that these counts are as expected."""
+        check_counts(self.account.counts, **expected)
 
-def stamp_of_message(message: delivery.Message) -> bytes:
-    """Return the stamp that a message of this process has."""
-    return stamp_of(message.tag.decode(), int(message.made_at * delivery.TICKS), delivery.MACHINE)
+    def check_lost(self, **expected: int) -> None:
+        """See that these users have lost so many, and nobody else has lost anything."""
+        lost = {}
+        for name, member in self.members.items():
+            if member.lost:
+                lost[name] = member.lost
+        assert lost == expected
 
 
-def stamp_of(tag: str, ticks: int, machine: str, connection: int = 1) -> bytes:
-    return f"~{tag}.{connection}.{ticks:x}.{machine}".encode()
+def tag_of(sender: delivery.Session, number: int) -> str:
+    """Return the tag of a message of a user."""
+    return f"{sender.identity.decode()}.{number}"
+
+
+def stamp_of(
+    tag: str,
+    made_at: float,
+    machine: str = delivery.MACHINE,
+    connection: int = 1,
+) -> bytes:
+    """Return the stamp of a message."""
+    ticks = int(made_at * delivery.TICKS)
+    stamp = f"~{tag}.{connection}.{ticks:x}.{machine}"
+    return stamp.encode()
+
+
+def foreign_stamp(number: int, made_at: float, machine: str = delivery.MACHINE) -> bytes:
+    """Return a stamp of a user in another process."""
+    return stamp_of(f"0123abcd.{number}", made_at, machine)
 
 
 @pytest.fixture
 def book() -> Book:
+    """Return a book in which nobody is."""
     return Book()
 
 
-def test_what_was_said_and_did_not_come_is_lost_when_its_time_is_over(book: Book) -> None:
-    first, second, third = book.join_many(3)
-    book.say(first, 1.0, first, second)  # an echo, and a copy
-    book.judge(1.0 + DUE)
-    assert book.lost == {}
-    book.judge(1.01 + DUE)
-    assert book.lost == {third: 1}
-    assert book.counts["lost"] == 1
-    assert book.counts["reached"] == 3 * 2 + 1
+@pytest.fixture
+def pair(book: Book) -> Book:
+    """Return a book in which ann and ben have settled."""
+    book.settle("ann ben")
+    return book
 
 
-@pytest.mark.parametrize("hears_it", ["the sender", "another user"])
-def test_a_message_counts_as_said_once_anybody_has_heard_it(hears_it: str, book: Book) -> None:
-    first, second, third = book.join_many(3)
-    book.say(first, 1.0, first if hears_it == "the sender" else second)
-    book.judge(9.0)
-    unheard = hears_it == "the sender"
-    assert book.lost == ({second: 1, third: 1} if unheard else {third: 1})
-    assert book.counts["unheard"] == unheard
+@pytest.fixture
+def trio(book: Book) -> Book:
+    """Return a book in which ann, ben and cem have settled."""
+    book.settle("ann ben cem")
+    return book
 
 
-def test_what_nobody_was_seen_to_hear_is_unheard_and_not_lost(book: Book) -> None:
-    first, *_ = book.join_many(3)
-    book.say(first, 1.0)
-    book.judge(9.0)
-    assert (book.counts["unheard"], book.counts["lost"]) == (1, 0)
+def test_what_was_said_and_did_not_come_is_lost_when_its_time_is_over(trio: Book) -> None:
+    trio.say("ann", 1.0, heard_by="ann ben")  # an echo, and a copy
+    trio.judge(1.0 + DUE)
+    trio.check_lost()
+    trio.judge(1.01 + DUE)
+    trio.check_lost(cem=1)
+    trio.check_counts(lost=1, reached=1)
 
 
-def test_what_may_have_ended_with_its_senders_connection_is_not_judged(book: Book) -> None:
-    first, *_ = book.join_many(3)
-    book.say(first, 1.0)
-    book.leave(first, 1.1)
-    book.judge(9.0)
-    assert (book.counts["unheard"], book.counts["lost"], book.counts["missing"]) == (0, 0, 2)
+def test_a_message_counts_as_said_once_its_sender_has_heard_it(trio: Book) -> None:
+    trio.say("ann", 1.0, heard_by="ann")
+    trio.judge(9.0)
+    trio.check_lost(ben=1, cem=1)
+    trio.check_counts(unheard=1)
 
 
-def test_what_a_sender_said_before_it_left_is_judged_where_it_was_said(book: Book) -> None:
-    first, second, third = book.join_many(3)
-    book.say(first, 1.0, second)
-    book.leave(first, 1.1)
-    book.judge(9.0)
-    assert book.lost == {third: 1}
+def test_a_message_counts_as_said_once_another_user_has_heard_it(trio: Book) -> None:
+    trio.say("ann", 1.0, heard_by="ben")
+    trio.judge(9.0)
+    trio.check_lost(cem=1)
+    trio.check_counts(unheard=0)
+
+
+def test_what_nobody_was_seen_to_hear_is_unheard_and_not_lost(trio: Book) -> None:
+    trio.say("ann", 1.0)
+    trio.judge(9.0)
+    trio.check_counts(unheard=1, lost=0)
+
+
+def test_what_may_have_ended_with_its_senders_connection_is_not_judged(trio: Book) -> None:
+    trio.say("ann", 1.0)
+    trio.leave("ann", 1.1)
+    trio.judge(9.0)
+    trio.check_counts(unheard=0, lost=0, missing=2)
+
+
+def test_what_a_sender_said_before_it_left_is_judged_where_it_was_said(trio: Book) -> None:
+    trio.say("ann", 1.0, heard_by="ben")
+    trio.leave("ann", 1.1)
+    trio.judge(9.0)
+    trio.check_lost(cem=1)
 
 
 def test_where_nobody_else_is_there_nothing_is_missed(book: Book) -> None:
-    (alone,) = book.join_many(1)
-    book.say(alone, 1.0, alone)
+    book.settle("ann")
+    book.say("ann", 1.0, heard_by="ann")
     book.judge(9.0)
-    assert book.counts["unheard"] == book.counts["missing"] == 0
+    book.check_counts(unheard=0, missing=0)
 
 
-def test_who_came_later_left_before_or_came_back_misses_nothing(book: Book) -> None:
-    first, second, _third = book.join_many(3)
-    book.leave(second, 0.5)
-    book.say(first, 1.0, first)
-    later = book.join(4, 1.1)
-    back = book.join(2, 1.2)
-    for session in (later, back):
-        book.say(session, 1.3, session)
-    book.judge(6.7)  # the message of 1.0 alone
-    assert set(book.lost) == {_third}
-    assert book.counts["missing"] == 0
+def test_who_came_later_left_before_or_came_back_misses_nothing(trio: Book) -> None:
+    trio.leave("ben", 0.5)
+    trio.say("ann", 1.0, heard_by="ann")
+    trio.join("dan", 1.1)
+    trio.join("ben", 1.2)
+    trio.say("dan", 1.3, heard_by="dan")
+    trio.say("ben", 1.3, heard_by="ben")
+    trio.judge(6.7)  # the message of 1.0 alone
+    trio.check_lost(cem=1)
+    trio.check_counts(missing=0)
 
 
-def test_who_leaves_before_the_time_is_over_is_not_judged(book: Book) -> None:
-    first, second, third = book.join_many(3)
-    book.judge(1.0 + DUE)
-    before = book.counts["reached"]
-    book.say(first, 7.0, third)
-    book.leave(second, 8.0)
-    book.leave(third, 8.0)
-    book.judge(14.0)
-    assert book.counts["arrived"] == before + 1
-    assert (book.counts["reached"], book.counts["missing"], book.counts["lost"]) == (before, 1, 0)
-    assert book.account.rooms[""].sessions == {first}  # nothing pending concerns who is gone
+def test_who_leaves_before_the_time_is_over_is_not_judged(trio: Book) -> None:
+    trio.say("ann", 7.0, heard_by="cem")
+    trio.leave("ben cem", 8.0)
+    trio.judge(14.0)
+    trio.check_counts(
+        arrived=1,
+        reached=0,
+        missing=1,
+        lost=0,
+    )
+    room = trio.account.rooms[""]
+    assert room.sessions == {trio.sessions["ann"]}  # nothing pending concerns who is gone
 
 
 def test_what_comes_between_login_and_the_first_sign_of_the_server_is_not_judged(
-    book: Book,
+    pair: Book,
 ) -> None:
     """A login that awaits no answer ends before the server knows of it."""
-    first, second = book.join_many(2)
-    third = book.join(3, 1.0)
-    book.say(first, 1.1, second)
-    book.say(first, 1.2, second, third, wait=0.1)
-    book.say(first, 1.25, second)
-    book.say(first, 1.4, second)
-    book.judge(9.0)
-    assert book.lost == {third: 1}
-    assert book.counts["missing"] == 2
+    pair.join("cem", 1.0)
+    pair.say("ann", 1.1, heard_by="ben")
+    pair.say("ann", 1.2, heard_by="ben cem", wait=0.1)
+    pair.say("ann", 1.25, heard_by="ben")
+    pair.say("ann", 1.4, heard_by="ben")
+    pair.judge(9.0)
+    pair.check_lost(cem=1)
+    pair.check_counts(missing=2)
 
 
 def test_that_somebody_hears_a_user_is_a_sign_that_the_server_has_it_in_the_room(
-    book: Book,
+    pair: Book,
 ) -> None:
-    first, second = book.join_many(2)
-    third = book.join(3, 1.0)
-    book.say(third, 1.1, first, second)
-    book.say(first, 1.2, second)
-    book.say(first, 1.3, second, third)
-    book.judge(9.0)
-    assert book.lost == {third: 1}
+    pair.join("cem", 1.0)
+    pair.say("cem", 1.1, heard_by="ann ben")
+    pair.say("ann", 1.2, heard_by="ben")
+    pair.say("ann", 1.3, heard_by="ben cem")
+    pair.judge(9.0)
+    pair.check_lost(cem=1)
 
 
-def test_who_hears_nobody_has_lost_everything(book: Book) -> None:
-    first, second = book.join_many(2)
-    deaf, deaf_with_echo = book.join(3, 1.0), book.join(4, 1.0)
-    book.say(deaf_with_echo, 1.1, deaf_with_echo, first, second)
+def test_who_hears_nobody_has_lost_everything(pair: Book) -> None:
+    pair.join("deaf echoed", 1.0)
+    pair.say("echoed", 1.1, heard_by="echoed ann ben")
     for at in (2.0, 3.0, 4.0):
-        book.say(first, at, second)
-    book.judge(20.0)
-    assert book.lost == {deaf: 4, deaf_with_echo: 3}
-    account = book.account
-    assert account.losing_users - account.hearing_users == {deaf.identity, deaf_with_echo.identity}
+        pair.say("ann", at, heard_by="ben")
+    pair.judge(20.0)
+    pair.check_lost(deaf=4, echoed=3)
+    hearing = pair.account.hearing_users
+    for name in ("deaf", "echoed"):
+        session = pair.sessions[name]
+        assert session.identity not in hearing
 
 
-def test_ones_own_message_may_come_back_once(book: Book) -> None:
-    first, second = book.join_many(2)
-    message = book.say(first, 1.0, second)
-    assert book.hear(first, message, 1.1) == "IGNORED"
-    assert book.hear(first, message, 1.2) == "REPEATED"
-    assert book.counts["repeated"] == 1
-    assert book.counts["arrived"] == 2 + 1
+def test_ones_own_message_may_come_back_once(pair: Book) -> None:
+    message = pair.say("ann", 1.0, heard_by="ben")
+    pair.hears_nothing_new("ann", message, 1.1)
+    pair.hears_again("ann", message, 1.2)
+    pair.check_counts(repeated=1, arrived=1)
 
 
-def test_a_repetition_is_told_also_after_the_message_was_judged(book: Book) -> None:
-    first, second, third = book.join_many(3)
-    message = book.say(first, 1.0, first, second)
-    assert book.hear(second, message, 1.1) == "REPEATED"
-    book.judge(9.0)
-    assert book.hear(second, message, 9.1) == "REPEATED"
-    assert book.hear(first, message, 9.2) == "REPEATED"
-    assert book.hear(third, message, 9.3) == "IGNORED"  # it is lost
-    assert book.counts["repeated"] == 3
+def test_a_repetition_is_told_also_after_the_message_was_judged(trio: Book) -> None:
+    message = trio.say("ann", 1.0, heard_by="ann ben")
+    trio.hears_again("ben", message, 1.1)
+    trio.judge(9.0)
+    trio.hears_again("ben", message, 9.1)
+    trio.hears_again("ann", message, 9.2)
+    trio.hears_nothing_new("cem", message, 9.3)  # it is lost
+    trio.check_counts(repeated=3)
 
 
-def test_a_swap_is_told_once(book: Book) -> None:
-    first, second = book.join_many(2)
-    one, two, three = (book.say(first, 1.0 + number) for number in range(3))
-    assert book.hear(second, two, 5.0) == "ARRIVED"
-    assert book.hear(second, one, 5.1) == "REORDERED"
-    assert book.hear(second, three, 5.2) == "ARRIVED"
-    assert book.counts["arrived"] == 2 + 3
-    assert book.counts["reordered"] == 1
+def test_a_swap_is_told_once(pair: Book) -> None:
+    one = pair.say("ann", 1.0)
+    two = pair.say("ann", 2.0)
+    three = pair.say("ann", 3.0)
+    pair.hears("ben", two, 5.0)
+    pair.hears_out_of_order("ben", one, 5.1)
+    pair.hears("ben", three, 5.2)
+    pair.check_counts(arrived=3, reordered=1)
 
 
-def test_there_is_no_order_between_two_connections_of_a_sender(book: Book) -> None:
-    first, second = book.join_many(2)
-    one, two = book.say(first, 1.0), book.say(first, 1.1)
-    book.leave(first, 1.2)
-    three = book.say(book.join(1, 1.3), 1.4)
-    heard = [book.hear(second, message, 2.0) for message in (three, two, one)]
-    assert heard == ["ARRIVED", "ARRIVED", "ARRIVED"]
+def test_there_is_no_order_between_two_connections_of_a_sender(pair: Book) -> None:
+    one = pair.say("ann", 1.0)
+    two = pair.say("ann", 1.1)
+    pair.leave("ann", 1.2)
+    pair.join("ann", 1.3)
+    three = pair.say("ann", 1.4)
+    for message in (three, two, one):
+        pair.hears("ben", message, 2.0)
 
 
-def test_history_is_no_delivery_and_shows_that_it_was_said(book: Book) -> None:
-    first, second = book.join_many(2)
-    message = book.say(first, 1.0)
-    newcomer = book.join(3, 1.5)
-    assert book.hear(newcomer, message, 1.6) == "IGNORED"
-    assert book.counts["arrived"] == 2
-    book.judge(9.0)
-    assert book.lost == {second: 1}
+def test_history_is_no_delivery_and_shows_that_it_was_said(pair: Book) -> None:
+    message = pair.say("ann", 1.0)
+    pair.join("cem", 1.5)
+    pair.hears_nothing_new("cem", message, 1.6)
+    pair.check_counts(arrived=0)
+    pair.judge(9.0)
+    pair.check_lost(ben=1)
 
 
-def test_who_hears_its_own_history_after_a_reconnect_hears_nothing_twice(book: Book) -> None:
-    first, second = book.join_many(2)
-    message = book.say(first, 1.0, first, second)
-    book.leave(first, 1.1)
-    assert book.hear(book.join(1, 1.2), message, 1.3) == "IGNORED"
+def test_who_hears_its_own_history_after_a_reconnect_hears_nothing_twice(pair: Book) -> None:
+    message = pair.say("ann", 1.0, heard_by="ann ben")
+    pair.leave("ann", 1.1)
+    pair.join("ann", 1.2)
+    pair.hears_nothing_new("ann", message, 1.3)
 
 
 def test_what_may_wait_behind_a_handler_at_work_is_not_judged(book: Book) -> None:
-    first, blocked, current = book.join_many(3)
-    book.say(first, 1.0, first)
-    blocked.handled_until = 1.0 + TIMEOUT - 0.1
-    current.handled_until = 1.0 + TIMEOUT  # what had come by then was handled before
+    book.settle("ann blocked current")
+    book.say("ann", 1.0, heard_by="ann")
+    is_over_at = 1.0 + TIMEOUT
+    book.sessions["blocked"].handled_until = is_over_at - 0.1
+    book.sessions["current"].handled_until = is_over_at  # what had come by then was handled before
     book.judge(9.0)
-    assert book.lost == {current: 1}
-    assert book.counts["missing"] == 1
+    book.check_lost(current=1)
+    book.check_counts(missing=1)
 
 
-def test_what_this_process_is_behind_with_is_waited_for_and_then_no_more(book: Book) -> None:
-    first, second = book.join_many(2)
-    book.judge(9.0)
-    book.say(first, 10.0, first)
-    book.account.note_lag(3.0)
+def test_what_this_process_is_behind_with_is_waited_for_and_then_no_more(pair: Book) -> None:
+    pair.say("ann", 10.0, heard_by="ann")
+    pair.account.note_lag(3.0)
     for waited in (0.1, 0.2, 0.3, 2.9):
-        book.judge(10.0 + DUE + waited)
-    assert book.lost == {}
-    book.judge(10.0 + DUE + 3.1)
-    assert book.lost == {second: 1}
-    book.say(first, 20.0, first)
-    for now in (*[18.7] * delivery.LAGS_KEPT, 20.1 + DUE):
-        book.judge(now)
-    assert book.lost == {second: 2}
+        pair.judge(10.0 + DUE + waited)
+    pair.check_lost()
+    pair.judge(10.0 + DUE + 3.1)
+    pair.check_lost(ben=1)
+    pair.say("ann", 20.0, heard_by="ann")
+    for _ in range(delivery.LAGS_KEPT):
+        pair.judge(18.7)
+    pair.judge(20.1 + DUE)
+    pair.check_lost(ben=2)
 
 
-def test_what_an_untagged_exchange_took_tells_no_order(book: Book) -> None:
+def test_what_an_untagged_exchange_took_tells_no_order(pair: Book) -> None:
     """It is taken in another greenlet than what came before it."""
-    first, second = book.join_many(2)
-    one, two, three = (book.say(first, 1.0 + number) for number in range(3))
-    taken = stamp_of_message(two)
-    assert book.take(second, taken, 5.0, is_in_order=False) == "ARRIVED"
-    assert book.hear(second, one, 4.9) == "ARRIVED"
-    assert book.hear(second, three, 5.1) == "ARRIVED"
-    assert book.hear(second, two, 5.2) == "REPEATED"
-    book.judge(9.0)
-    assert book.lost == {}
+    one = pair.say("ann", 1.0)
+    two = pair.say("ann", 2.0)
+    three = pair.say("ann", 3.0)
+    pair.hears("ben", two, 5.0, is_in_order=False)
+    pair.hears("ben", one, 4.9)
+    pair.hears("ben", three, 5.1)
+    pair.hears_again("ben", two, 5.2)
+    pair.judge(9.0)
+    pair.check_lost()
 
 
-def test_who_judges_much_lets_others_go_on(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_judges_much_lets_others_go_on(pair: Book, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "LONGEST_SLICE", 0.0)
-    book.join_many(2)
+    pair.say("ann", 1.0, heard_by="ben")
     other = gevent.spawn(lambda: None)
-    book.judge(9.0)
+    pair.judge(9.0)
     assert other.dead
 
 
-def test_the_end_of_a_run_loses_nothing(book: Book) -> None:
-    first, second, _ = book.join_many(3)
-    book.judge(9.0)
-    book.say(first, 10.0, first, second)
-    book.say(first, 10.1)
-    reached = book.counts["reached"]
-    book.account.end()
-    assert book.counts["lost"] == book.counts["unheard"] == 0
-    assert book.counts["reached"] == reached
-    assert book.counts["arrived"] == reached + 1
-    assert book.counts["missing"] == 1 + 2
+def test_the_end_of_a_run_loses_nothing(trio: Book) -> None:
+    trio.say("ann", 10.0, heard_by="ann ben")
+    trio.say("ann", 10.1)
+    trio.account.end()
+    trio.check_counts(
+        lost=0,
+        unheard=0,
+        reached=0,
+        arrived=1,
+        missing=1 + 2,
+    )
 
 
 def test_rooms_are_accounted_for_one_by_one(book: Book) -> None:
-    red = [book.join(user, 0.0, room="red") for user in (1, 2)]
-    blue = [book.join(user, 0.0, room="blue") for user in (3, 4)]
-    book.say(red[0], 1.0, *red)
-    message = book.say(blue[0], 1.0, blue[0])
-    assert book.hear(red[0], message, 1.1) == "ARRIVED"  # from a room that is not its own
+    book.join("rea rob", 0.0, room="red")
+    book.join("bea bob", 0.0, room="blue")
+    book.say("rea", 1.0, heard_by="rea rob")
+    message = book.say("bea", 1.0, heard_by="bea")
+    book.hears("rea", message, 1.1)  # from a room that is not its own
     book.judge(9.0)
-    assert book.lost == {blue[1]: 1}
-    assert book.counts["unheard"] == 1
+    book.check_lost(bob=1)
+    book.check_counts(unheard=1)
 
 
-def foreign_stamp(number: int, ticks: int, machine: str) -> bytes:
-    """Return a stamp of a user in another process."""
-    return stamp_of(f"0123abcd.{number}", ticks, machine)
-
-
-@pytest.mark.parametrize("machine", [delivery.MACHINE, "0000000"])
+@pytest.mark.parametrize("machine", [delivery.MACHINE, FOREIGN])
 def test_what_another_process_says_is_never_lost_and_told_once_and_in_order(
-    machine: str, book: Book
+    machine: str, pair: Book
 ) -> None:
-    first, _second = book.join_many(2)
-    ticks = delivery.TICKS
-    copies = [foreign_stamp(number, number * ticks, machine) for number in (1, 3, 2, 3)]
-    assert [book.take(first, copy, 4.0) for copy in copies] == [
-        "ARRIVED",
-        "ARRIVED",
-        "REORDERED",
-        "REPEATED",
-    ]
-    book.judge(4.1 + DUE)
-    assert book.lost == {}
-    assert book.counts["elsewhere"] == 3
-    assert book.take(first, copies[0], 10.0) == "REPEATED"
+    one = foreign_stamp(1, 1.0, machine)
+    two = foreign_stamp(2, 2.0, machine)
+    three = foreign_stamp(3, 3.0, machine)
+    pair.hears("ann", one, 4.0)
+    pair.hears("ann", three, 4.0)
+    pair.hears_out_of_order("ann", two, 4.0)
+    pair.hears_again("ann", three, 4.0)
+    pair.judge(4.1 + DUE)
+    pair.check_lost()
+    pair.check_counts(elsewhere=3)
+    pair.hears_again("ann", one, 10.0)
 
 
-def test_history_of_another_process_is_told_by_the_clock_of_the_machine(book: Book) -> None:
-    book.join_many(2)
-    newcomer = book.join(3, 10.0)
-    old = foreign_stamp(1, 9 * delivery.TICKS, delivery.MACHINE)
-    assert book.take(newcomer, old, 10.1) == "IGNORED"
+def test_history_of_another_process_is_told_by_the_clock_of_the_machine(pair: Book) -> None:
+    pair.join("cem", 10.0)
+    old = foreign_stamp(1, 9.0)
+    pair.hears_nothing_new("cem", old, 10.1)
 
 
-def test_history_of_another_machine_is_what_somebody_of_this_one_has_heard(book: Book) -> None:
-    first, _ = book.join_many(2)
-    assert book.take(first, foreign_stamp(1, 77, "0000000"), 9.0) == "ARRIVED"
-    newcomer = book.join(3, 10.0)
-    assert book.take(newcomer, foreign_stamp(1, 77, "0000000"), 10.1) == "IGNORED"
-    assert book.take(newcomer, foreign_stamp(2, 78, "0000000"), 10.2) == "ARRIVED"
+def test_history_of_another_machine_is_what_somebody_of_this_one_has_heard(pair: Book) -> None:
+    old = foreign_stamp(1, 0.1, FOREIGN)
+    new = foreign_stamp(2, 0.2, FOREIGN)
+    pair.hears("ann", old, 9.0)
+    pair.join("cem", 10.0)
+    pair.hears_nothing_new("cem", old, 10.1)
+    pair.hears("cem", new, 10.2)
 
 
-def test_what_goes_to_some_only_is_counted_and_not_judged(book: Book) -> None:
-    _, second = book.join_many(2)
-    first = book.join(3, 8.0)
-    book.judge(9.0)
-    before = book.counts["arrived"]
-    book.account.stamp(first, first.identity + b".77", 0, 10.0)
-    tag = f"{first.identity.decode()}.77"
-    copy = stamp_of(tag, 10 * delivery.TICKS, delivery.MACHINE, connection=0)
-    assert [book.take(second, copy, 10.1) for _ in range(2)] == ["ARRIVED", "ARRIVED"]
-    assert book.take(first, copy, 10.1) == "IGNORED"
-    earlier = f"{first.identity.decode()}.76"
-    copy = stamp_of(earlier, 10 * delivery.TICKS, delivery.MACHINE, connection=0)
-    assert book.take(second, copy, 10.2) == "ARRIVED"
-    book.judge(20.0)
-    assert book.counts["arrived"] == before + 3
-    assert book.counts["elsewhere"] == book.counts["lost"] == 0
-    assert book.counts["stamped"] == 2 + 1
+def test_what_goes_to_some_only_is_counted_and_not_judged(pair: Book) -> None:
+    ann = pair.sessions["ann"]
+    tag = tag_of(ann, 77)
+    pair.account.stamp(ann, tag.encode(), 0, 10.0)
+    message = stamp_of(tag, 10.0, connection=0)
+    pair.hears("ben", message, 10.1)
+    pair.hears("ben", message, 10.1)
+    pair.hears_nothing_new("ann", message, 10.1)
+    earlier = stamp_of(tag_of(ann, 76), 10.0, connection=0)
+    pair.hears("ben", earlier, 10.2)
+    pair.judge(20.0)
+    pair.check_counts(
+        stamped=1,
+        arrived=3,
+        elsewhere=0,
+        lost=0,
+    )
 
 
-def test_what_was_judged_long_ago_is_forgotten_and_tells_nothing(book: Book) -> None:
-    first, second = book.join_many(2)
-    old = book.say(first, 1.0, first, second)
+def test_what_was_judged_long_ago_is_forgotten_and_tells_nothing(pair: Book) -> None:
+    old = pair.say("ann", 1.0, heard_by="ann ben")
     for now in (1.1 + DUE, 0.9 + 2 * DUE):
-        book.judge(now)
-        assert book.hear(second, old, now) == "REPEATED"
-    book.judge(1.1 + 2 * DUE)
-    assert book.hear(second, old, 20.0) == "IGNORED"
-    assert book.account.messages == {}
+        pair.judge(now)
+        pair.hears_again("ben", old, now)
+    pair.judge(1.1 + 2 * DUE)
+    pair.hears_nothing_new("ben", old, 20.0)
+    assert pair.account.messages == {}
 
 
 def test_stamps_that_a_server_makes_up_stay_bounded(
-    book: Book, monkeypatch: pytest.MonkeyPatch
+    pair: Book, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "MESSAGES_KEPT", 100)
     monkeypatch.setattr(delivery, "SENDERS_KEPT", 50)
-    first, second = book.join_many(2)
     for number in range(1000, 1500):
-        stamp = stamp_of(f"{number:08x}.1", 0xFFFFFF, delivery.MACHINE)
-        assert book.take(second, stamp, 1.0) == "ARRIVED"
-    assert len(book.account.messages) <= 100
-    book.say(first, 2.0, first)
-    book.judge(20.0)
-    assert book.lost == {second: 1}
+        made_up = stamp_of(f"{number:08x}.1", 100.0)
+        pair.hears("ben", made_up, 1.0)
+    assert len(pair.account.messages) <= 100
+    pair.say("ann", 2.0, heard_by="ann")
+    pair.judge(20.0)
+    pair.check_lost(ben=1)
+
+
+class Said(NamedTuple):
+    """A message in a room."""
+
+    sender: str
+    connection: int
+    number: int
+    payload: bytes
+
+
+class Copy(NamedTuple):
+    """A copy of a message, on its way to a user."""
+
+    due_at: float
+    receiver: str
+    message: Said
 
 
 class RandomRoom:
@@ -481,54 +548,83 @@ class RandomRoom:
     ``truth`` counts what it does, as it has to be reported.
     """
 
+    NAMES = "ann ben cem dan eve fay gus hal"
+    COPIES = (0, 1, 1, 1, 1, 1, 1, 1, 2)  # how many of a message come to a user
+
     def __init__(self, book: Book, seed: int) -> None:
-        self.truth: Counter[str] = Counter(arrived=8 * 7)
+        self.truth: Counter[str] = Counter()
         self._book = book
         self._chance = random.Random(seed)
-        self._present = book.join_many(8)
-        self._under_way: list[tuple[float, delivery.Session, delivery.Message]] = []
-        self._heard: set[tuple[delivery.Session, delivery.Message]] = set()
-        self._latest: dict[tuple[delivery.Session, bytes], tuple[int, int]] = {}
+        self._connections: Counter[str] = Counter()
+        self._said: Counter[str] = Counter()
+        self._under_way: list[Copy] = []
+        self._heard: set[tuple[str, Said]] = set()
+        self._latest: dict[tuple[str, str], Said] = {}  # by receiver and sender
+        book.settle(self.NAMES)
 
     def step(self, now: float) -> None:
         """Let what is due arrive, and somebody say something."""
-        due = [copy for copy in self._under_way if copy[0] <= now]
-        self._under_way = [copy for copy in self._under_way if copy[0] > now]
-        for at, session, message in sorted(due, key=lambda copy: copy[0]):
-            if session.is_present:
-                self._arrive(session, message, at)
-        index = self._chance.randrange(8)
+        self._let_arrive(now)
+        name = self._chance.choice(self.NAMES.split())
         if self._chance.random() < 0.02:
-            self._book.leave(self._present[index], now)
-            self._present[index] = self._book.join(index + 1, now)
-        self._say(index, now + 0.001)
+            self._reconnect(name, now)
+        self._say(name, now + 0.001)
 
-    def _say(self, index: int, now: float) -> None:
+    def _reconnect(self, name: str, now: float) -> None:
+        """Let a user leave, whom nothing reaches that is under way, and come back."""
+        self._book.leave(name, now)
+        self._book.join(name, now)
+        self._connections[name] += 1
+        self._under_way = [copy for copy in self._under_way if copy.receiver != name]
+
+    def _say(self, name: str, now: float) -> None:
         """Let a user say something, which comes to the others never, once or twice."""
-        sender = self._present[index]
-        message = self._book.say(sender, now, sender)
-        self._heard.add((sender, message))
-        for session in self._present:
-            if session is sender:
-                continue
-            copies = self._chance.choice((0, 1, 1, 1, 1, 1, 1, 1, 2))
-            self.truth["lost"] += copies == 0
-            for _ in range(copies):
-                at = now + self._chance.uniform(0.001, 0.1)
-                self._under_way.append((at, session, message))
+        payload = self._book.say(name, now, heard_by=name)
+        self._said[name] += 1
+        message = Said(
+            sender=name,
+            connection=self._connections[name],
+            number=self._said[name],
+            payload=payload,
+        )
+        for receiver in self.NAMES.split():
+            if receiver != name:
+                self._send(message, receiver, now)
 
-    def _arrive(self, session: delivery.Session, message: delivery.Message, at: float) -> None:
-        self._book.hear(session, message, at)
-        if (session, message) in self._heard:
+    def _send(self, message: Said, receiver: str, now: float) -> None:
+        """Put a message on its way to a user, or lose it."""
+        copies = self._chance.choice(self.COPIES)
+        if copies == 0:
+            self.truth["lost"] += 1
+        for _ in range(copies):
+            due_at = now + self._chance.uniform(0.001, 0.1)
+            copy = Copy(due_at, receiver, message)
+            self._under_way.append(copy)
+
+    def _let_arrive(self, now: float) -> None:
+        """Let what is due arrive, the earliest first."""
+        self._under_way.sort()
+        while self._under_way:
+            copy = self._under_way[0]
+            if copy.due_at > now:
+                return
+            del self._under_way[0]
+            message = copy.message
+            self._book.hear(copy.receiver, message.payload, copy.due_at)
+            self._note(copy.receiver, message)
+
+    def _note(self, receiver: str, message: Said) -> None:
+        """Count what has come to a user as what it is."""
+        if (receiver, message) in self._heard:
             self.truth["repeated"] += 1
             return
-        self._heard.add((session, message))
+        self._heard.add((receiver, message))
         self.truth["arrived"] += 1
-        key = (session, message.identity)
-        latest = self._latest.get(key, (0, 0))
-        if latest > message.position and latest[0] == message.position[0]:
+        latest = self._latest.get((receiver, message.sender), message)
+        if message.number >= latest.number:
+            self._latest[receiver, message.sender] = message
+        elif message.connection == latest.connection:
             self.truth["reordered"] += 1
-        self._latest[key] = max(latest, message.position)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -542,50 +638,72 @@ def test_any_room_is_accounted_for_to_within_what_is_said_to_be_unjudged(
         if number % 25 == 0:
             book.judge(now)
     book.account.end()
-    counts, truth = book.counts, room.truth
-    assert counts["arrived"] == truth["arrived"]
-    assert counts["repeated"] == truth["repeated"] > 0
-    assert counts["reordered"] == truth["reordered"] > 0
-    assert 0 < counts["lost"] <= truth["lost"] <= counts["lost"] + counts["missing"]
-    assert book.lost.total() == counts["lost"]
+    truth = room.truth
+    book.check_counts(
+        arrived=truth["arrived"],
+        repeated=truth["repeated"],
+        reordered=truth["reordered"],
+    )
+    assert truth["repeated"] > 0
+    assert truth["reordered"] > 0
+    counts = book.account.counts
+    lost = counts["lost"]
+    assert lost > 0
+    assert lost <= truth["lost"] <= lost + counts["missing"]
+    members = book.members.values()
+    assert lost == sum(member.lost for member in members)
 
 
 def test_over_a_million_deliveries_of_a_healthy_room_nothing_is_reported(book: Book) -> None:
     """101 users say 10,000 messages, while each of them now and then leaves and comes back."""
-    present = book.join_many(101)
+    names = [f"user{number}" for number in range(101)]
+    book.settle(" ".join(names))
     for number in range(10_000):
         now = 1.0 + number / 100
-        index = number % len(present)
-        message = book.say(present[index], now, present[index])
-        payload = stamp_of_message(message)
-        for session in present:
-            if session is not present[index]:
-                book.account.take(session, payload, now + 0.004)
+        sender = names[number % 101]
+        others = [name for name in names if name != sender]
+        payload = book.say(sender, now, heard_by=sender)
+        for name in others:
+            book.hear(name, payload, now + 0.004)
         if number % 50 == 0:
-            book.leave(present[index], now + 0.005)
-            present[index] = book.join(index + 1, now + 0.006)
+            book.leave(sender, now + 0.005)
+            book.join(sender, now + 0.006)
             book.judge(now + 0.007)
-    counts = book.counts
-    assert counts["arrived"] == 10_000 * 100 + 101 * 100
-    assert counts["reached"] > 800_000
-    assert counts["lost"] == counts["repeated"] == counts["reordered"] == counts["unheard"] == 0
-    assert counts["missing"] == 0
+    book.check_counts(
+        arrived=10_000 * 100,
+        lost=0,
+        repeated=0,
+        reordered=0,
+        unheard=0,
+        missing=0,
+    )
+    assert book.account.counts["reached"] > 800_000
 
 
 # -- users in a room
 
 
-def healthy(_count: int, line: bytes) -> list[bytes]:
+def as_it_says(_count: int, line: bytes) -> list[bytes]:
+    """Lose or repeat a message that says so."""
+    if line.endswith(b"lose this"):
+        return []
+    if line.endswith(b"repeat this"):
+        return [line, line]
     return [line]
 
 
-def twice(_count: int, line: bytes) -> list[bytes]:
-    return [line, line]
+def swallowed(_count: int, _line: bytes) -> list[bytes]:
+    return []
 
 
-def losing(_count: int, line: bytes) -> list[bytes]:
-    """Lose a message that says so."""
-    return [] if line.endswith(b"lose this") else [line]
+def other_machine(_count: int, line: bytes) -> list[bytes]:
+    """Let a line look as if it came from another machine, and another user."""
+    foreign = re.sub(
+        rb"~[0-9a-f]{8}(.*)\.[0-9a-f]{7}",
+        rb"~0123abcd\1.0000000",
+        line,
+    )
+    return [foreign]
 
 
 class Room:
@@ -600,39 +718,48 @@ class Room:
     """
 
     def __init__(
-        self, fault: Fault = healthy, *, echoes: int = 0, history: bool = False, deaf: int = 0
+        self,
+        fault: Fault = as_it_says,
+        *,
+        echoes: int = 0,
+        history: bool = False,
+        deaf: int = 0,
     ) -> None:
         self.members: list[socket.socket] = []
         self.lines: list[bytes] = []
         self.lost = 0
+        self.deaf: set[socket.socket] = set()
         self._fault = fault
         self._echoes = echoes
         self._history = history
         self._deaf_left = deaf
-        self.deaf: set[socket.socket] = set()
 
     def __call__(self, connection: socket.socket) -> None:
         if self._history:
-            connection.sendall(b"".join(line + b"\n" for line in self.lines))
+            for line in self.lines:
+                send_line(connection, line)
         self.members.append(connection)
         if self._deaf_left:
             self._deaf_left -= 1
             self.deaf.add(connection)
         try:
             for line in lines(connection):
-                if line == END:
-                    self.tell_others(connection, line)
-                else:
-                    self.lines.append(line)
-                    self.broadcast(connection, line)
+                self.take(connection, line)
         finally:
             self.members.remove(connection)
 
+    def take(self, sender: socket.socket, line: bytes) -> None:
+        """Take a line."""
+        if line == END:
+            self.tell_others(sender, line)
+        else:
+            self.lines.append(line)
+            self.broadcast(sender, line)
+
     def broadcast(self, sender: socket.socket, line: bytes) -> None:
         """Send a line to those who get it."""
-        connection_lines = (line + b"\n") * self._echoes
-        if connection_lines:
-            sender.sendall(connection_lines)
+        for _ in range(self._echoes):
+            send_line(sender, line)
         copies = self._fault(len(self.lines), line)
         if not copies:
             self.lost += len(self.members) - 1
@@ -647,7 +774,16 @@ class Room:
             if member in self.deaf and line != END:
                 self.lost += 1
             else:
-                member.sendall(line + b"\n")
+                send_line(member, line)
+
+    def wait_for_lines(self, count: int) -> None:
+        """Wait until so many lines have come."""
+        wait_until(lambda: len(self.lines) >= count)
+
+
+def send_line(connection: socket.socket, line: bytes) -> None:
+    """Send a line to a client."""
+    connection.sendall(line + b"\n")
 
 
 class Talker(delivery.Delivery, locustfile.TCPChatUser):
@@ -662,105 +798,188 @@ class Talker(delivery.Delivery, locustfile.TCPChatUser):
         if payload == END:
             self.ends += 1
 
+    def wait_for_ends(self, count: int) -> None:
+        """Wait until so many ends have come."""
+        wait_until(lambda: self.ends >= count)
+
+
+class Gate:
+    """A place where a handler stops until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self._reached = Event()
+        self._open = Event()
+
+    def go_through(self) -> None:
+        """Wait, as a handler, until the gate is open."""
+        self._reached.set()
+        assert self._open.wait(60)
+
+    def wait_for_somebody(self) -> None:
+        """Wait until a handler is there."""
+        assert self._reached.wait(60)
+
+    def open(self) -> None:
+        """Let the handler go on."""
+        self._open.set()
+
+
+class Stopping(locustfile.TCPChatUser):
+    """A user that stops at a gate when it is told "wait"."""
+
+    abstract = True
+    gate: Gate
+
+    def on_message(self, payload: bytes, arrived: float) -> None:
+        if payload.endswith(b"wait"):
+            self.gate.go_through()
+        super().on_message(payload, arrived)
+
+
+class StopsBefore(Stopping, Talker):
+    """It stops before the plugin has the message."""
+
+
+class StopsAfter(Talker, Stopping):
+    """It stops when the plugin has the message."""
+
 
 class Meeting:
-    """A room, those who come, and what they report."""
+    """A room, those who come, who have names, and what they report; ``"ann ben"`` are two."""
 
     def __init__(self, server: Server, rows: Rows) -> None:
         self.server = server
         self.rows = rows
-        self.users: list[Talker] = []
+        self.users: dict[str, Talker] = {}
 
-    def join(self, user_class: type[Talker] = Talker, **attributes: object) -> Talker:
-        """Let a user come; return it when the server has it."""
+    def join(
+        self,
+        names: str,
+        user_class: type[Talker] = Talker,
+        **attributes: object,
+    ) -> None:
+        """Let users come who have these attributes, one after the other."""
+        for name in names.split():
+            user = self.add(name, user_class, **attributes)
+            assert user.client.connect()
+            self.wait_for_server()
+
+    def add(self, name: str, user_class: type[Talker], **attributes: object) -> Talker:
+        """Make a user, who does not come yet."""
         environment = Environment(host=self.server.address)
         environment.events.request.add_listener(lambda **row: self.rows.append(row))
         variant: type[Talker] = type("Variant", (user_class,), attributes)
-        user = variant(environment)
-        self.users.append(user)
-        opened = self.server.opened
-        assert user.client.connect()
-        wait_until(lambda: self.server.opened > opened)
-        delivery.update_sessions()
-        return user
+        self.users[name] = variant(environment)
+        return self.users[name]
 
-    def join_many(self, count: int, user_class: type[Talker] = Talker) -> list[Talker]:
-        """Let some users come."""
-        return [self.join(user_class) for _ in range(count)]
+    def leave(self, name: str) -> None:
+        """Let a user leave."""
+        self.users[name].client.close()
+        self.wait_for_server()
+
+    def come_back(self, name: str) -> None:
+        """Let a user come that had left."""
+        assert self.users[name].client.connect()
+        self.wait_for_server()
+
+    def wait_for_server(self) -> None:
+        """Wait until the server has those who are there, and the plugin too."""
+        wait_until(lambda: self.server.open == len(self.present))
+        delivery.update_sessions()
+
+    @property
+    def present(self) -> list[Talker]:
+        """Those who are there."""
+        users = self.users.values()
+        return [user for user in users if user.client.connected_since is not None]
+
+    def say(self, name: str, *texts: str, times: int = 1) -> None:
+        """Let a user say something."""
+        client = self.users[name].client
+        for text in texts * times:
+            client.send_chat(text)
+
+    def settle(self) -> None:
+        """Let everybody say something that all others hear: so the server has all in the room."""
+        for name in self.users:
+            self.say(name, "hello")
+        count = len(self.users)
+        self.check_deliveries(arrived=count * (count - 1))
+        self.rows.clear()
+        delivery.ACCOUNT.counts.clear()
 
     @property
     def deliveries(self) -> dict[str, int]:
-        """How many rows ``delivery`` there are, by the name of the failure, or "arrived"."""
-        counts: dict[str, int] = {}
-        for row in self.rows.named("delivery"):
-            error = row["exception"]
-            name = "arrived" if error is None else type(error).__name__
-            counts[name] = counts.get(name, 0) + 1
-        return counts
+        """How many rows ``delivery`` there are, by what they tell."""
+        errors = [row["exception"] for row in self.rows.named("delivery")]
+        return dict(Counter(map(told_of, errors)))
 
-    def hear(self, **expected: int) -> None:
-        """See that there are as many rows ``delivery`` as expected, when all is judged.
+    def wait_for_deliveries(self, **expected: int) -> None:
+        """Wait until there are these rows ``delivery``."""
+        wait_until(lambda: self.deliveries == expected)
+
+    def wait_for_echoes(self, count: int) -> None:
+        """Wait until there are so many rows ``echo_response``."""
+        wait_until(lambda: len(self.rows.named("echo_response")) == count)
+
+    def check_deliveries(self, **expected: int) -> None:
+        """See that there are these rows ``delivery`` when all is judged.
 
         Everybody says an end after what they have said. When it has come to all others, so has
         what was on its way; what has not come by then is lost.
         """
-        present = [user for user in self.users if user.client.connected_since is not None]
-        heard = {user: user.ends for user in present}
+        present = self.present
+        for user in present:
+            user.ends = 0
         for user in present:
             user.client.send_chat(END, echo="none")
-        others = len(present) - 1
-        wait_until(lambda: all(user.ends >= heard[user] + others for user in present))
+        for user in present:
+            user.wait_for_ends(len(present) - 1)
         delivery.update_sessions()
-        delivery.ACCOUNT.judge_due(perf_counter() + 1000)
+        judge_all()
         assert self.deliveries == expected
 
-    def settle(self) -> None:
-        """Let everybody say something that all others hear: so the server has all in the room."""
-        for user in self.users:
-            user.client.send_chat("hello")
-        self.hear(arrived=len(self.users) * (len(self.users) - 1))
-        self.rows.clear()
-        delivery.ACCOUNT.counts.clear()
+    def check_echoes(self, count: int) -> None:
+        """See that there are so many rows ``echo_response`` without an error."""
+        assert self.rows.counts()["echo_response"] == count
 
-    def wait_for_open(self, count: int) -> None:
-        """Wait until the server has so many connections."""
-        wait_until(lambda: self.server.open == count)
+    def check_counts(self, **expected: int) -> None:
+        """See that the plugin has counted so."""
+        check_counts(delivery.ACCOUNT.counts, **expected)
+
+
+def judge_all(seconds: float = 1000.0) -> None:
+    """Let the plugin judge as if so much time had gone by."""
+    delivery.ACCOUNT.judge_due(perf_counter() + seconds)
 
 
 @pytest.fixture
 def meet(serve: Serve, rows: Rows) -> Iterator[Meet]:
-    """Return a function that opens a room; all leave after the test."""
+    """Return a function that opens a room, to which users come; all leave after the test."""
     meetings: list[Meeting] = []
 
-    def open_room(handler: Handler) -> Meeting:
+    def open_room(handler: Handler, names: str = "") -> Meeting:
         delivery.ACCOUNT.begin()
-        meetings.append(Meeting(serve(handler), rows))
-        return meetings[-1]
+        meeting = Meeting(serve(handler), rows)
+        meetings.append(meeting)
+        meeting.join(names)
+        return meeting
 
     yield open_room
     for meeting in meetings:
-        for user in meeting.users:
+        for user in meeting.users.values():
             user.client.close()
-
-
-def say(user: delivery.Delivery, count: int) -> None:
-    for _ in range(count):
-        user.client.send_chat("hello")
-
-
-def other_machine(_count: int, line: bytes) -> list[bytes]:
-    """Let a line look as if it came from another machine, and another user."""
-    return [re.sub(rb"~[0-9a-f]{8}(.*)\.[0-9a-f]{7}", rb"~0123abcd\1.0000000", line)]
 
 
 def test_a_message_is_delivered_to_everybody_but_its_sender(meet: Meet) -> None:
     meeting = meet(Room(echoes=1))
-    users = [meeting.join(echo="full") for _ in range(5)]
-    for user in users:
-        assert str(user.client.send_chat("hello")).endswith("hello")
-    meeting.hear(arrived=5 * 4)
-    assert meeting.rows.counts()["echo_response"] == 5
-    assert delivery.ACCOUNT.counts["reached"] == 5 * 4
+    meeting.join("ann ben cem dan eve", echo="full")
+    for user in meeting.users.values():
+        echo = user.client.send_chat("hello")
+        assert str(echo).endswith("hello")
+    meeting.check_deliveries(arrived=5 * 4)
+    meeting.check_counts(reached=5 * 4)
+    meeting.check_echoes(5)
 
 
 def test_its_time_is_from_the_sending_to_the_arrival(meet: Meet) -> None:
@@ -768,11 +987,10 @@ def test_its_time_is_from_the_sending_to_the_arrival(meet: Meet) -> None:
         gevent.sleep(0.2)
         return [line]
 
-    meeting = meet(Room(slow))
-    first, _ = meeting.join_many(2)
+    meeting = meet(Room(slow), "ann ben")
     began = perf_counter()
-    say(first, 1)
-    meeting.hear(arrived=1)
+    meeting.say("ann", "hello")
+    meeting.check_deliveries(arrived=1)
     elapsed = perf_counter() - began
     (row,) = meeting.rows.named("delivery")
     assert 150 <= row["response_time"] <= elapsed * 1000
@@ -780,51 +998,77 @@ def test_its_time_is_from_the_sending_to_the_arrival(meet: Meet) -> None:
     assert row["request_type"] == "TCP"
 
 
+SECONDS = st.one_of(
+    st.just(0.0),
+    st.floats(-1.0, 1.0),
+    st.floats(-1e9, 1e9),
+)
+
+
+def test_no_clock_makes_the_time_of_a_delivery_negative(meet: Meet) -> None:
+    meeting = meet(Room(), "ann")
+    logged_in_at = perf_counter()
+    numbers = iter(range(1, 1000))
+
+    @settings(deadline=None, derandomize=True, database=None)
+    @given(stamped=SECONDS, arrived=SECONDS)
+    def hear(stamped: float, arrived: float) -> None:
+        made_at = max(0.0, logged_in_at + stamped)
+        payload = foreign_stamp(next(numbers), made_at)
+        meeting.rows.clear()
+        meeting.users["ann"].on_message(payload, logged_in_at + arrived)
+        rows = meeting.rows.named("delivery")
+        assert rows or stamped < 1.0  # what was said before the login is no delivery
+        for row in rows:
+            assert row["response_time"] >= 0
+
+    hear()
+
+
 def test_the_row_carries_the_context_of_the_user_that_hears(meet: Meet) -> None:
     class Named(Talker):
         def context(self) -> dict[str, object]:
             return {"user": "kim"}
 
-    meeting = meet(Room())
-    first, _ = meeting.join(), meeting.join(Named)
-    say(first, 1)
-    meeting.hear(arrived=1)
-    assert [row["context"] for row in meeting.rows.named("delivery")] == [{"user": "kim"}]
+    meeting = meet(Room(), "ann")
+    meeting.join("kim", Named)
+    meeting.say("ann", "hello")
+    meeting.check_deliveries(arrived=1)
+    (row,) = meeting.rows.named("delivery")
+    assert row["context"] == {"user": "kim"}
 
 
 def test_several_messages_in_one_read_are_all_counted(meet: Meet) -> None:
-    room = Room(lambda count, line: [])
-    meeting = meet(room)
-    first, _ = meeting.join_many(2)
-    say(first, 3)
-    wait_until(lambda: len(room.lines) == 3)
-    room.members[1].sendall(b"\n".join(room.lines) + b"\n")
-    meeting.hear(arrived=3)
+    room = Room(swallowed)
+    meeting = meet(room, "ann ben")
+    meeting.say("ann", "hello", times=3)
+    room.wait_for_lines(3)
+    _, to_ben = room.members
+    send_line(to_ben, b"\n".join(room.lines))
+    meeting.check_deliveries(arrived=3)
 
 
 def test_a_message_of_another_machine_counts_without_a_time(meet: Meet) -> None:
-    meeting = meet(Room(other_machine))
-    first, _ = meeting.join_many(2)
-    say(first, 3)
-    wait_until(lambda: meeting.deliveries == {"arrived": 3})
-    assert {row["response_time"] for row in meeting.rows.named("delivery")} == {None}
+    meeting = meet(Room(other_machine), "ann ben")
+    meeting.say("ann", "hello", times=3)
+    meeting.wait_for_deliveries(arrived=3)
+    for row in meeting.rows.named("delivery"):
+        assert row["response_time"] is None
 
 
-@pytest.mark.parametrize("fault", [healthy, other_machine])
+@pytest.mark.parametrize("fault", [as_it_says, other_machine])
 def test_history_is_no_delivery(fault: Fault, meet: Meet) -> None:
     room = Room(fault, history=True)
-    meeting = meet(room)
-    first, second = meeting.join_many(2)
-    say(first, 5)
-    wait_until(lambda: meeting.deliveries == {"arrived": 5})
-    room.lines = [copy for line in room.lines for copy in fault(0, line)]
-    second.client.close()
-    meeting.wait_for_open(1)
-    meeting.join()
-    assert second.client.connect()
-    meeting.wait_for_open(3)
-    say(first, 1)
-    wait_until(lambda: meeting.deliveries == {"arrived": 5 + 2})
+    meeting = meet(room, "ann ben")
+    meeting.say("ann", "hello", times=5)
+    meeting.wait_for_deliveries(arrived=5)
+    for number, line in enumerate(room.lines):
+        (room.lines[number],) = fault(0, line)
+    meeting.leave("ben")
+    meeting.join("cem")
+    meeting.come_back("ben")
+    meeting.say("ann", "hello")
+    meeting.wait_for_deliveries(arrived=5 + 2)
 
 
 def test_what_is_sent_in_on_connect_is_none_also_where_the_class_calls_no_super(meet: Meet) -> None:
@@ -834,31 +1078,33 @@ def test_what_is_sent_in_on_connect_is_none_also_where_the_class_calls_no_super(
 
     room = Room()
     meeting = meet(room)
-    first, _ = meeting.join_many(2, Joining)
-    wait_until(lambda: len(room.lines) == 2)
-    say(first, 2)
-    meeting.hear(arrived=2)
-    first.client.close()
-    say(first, 1)
-    meeting.hear(arrived=3)
+    meeting.join("ann ben", Joining)
+    room.wait_for_lines(2)
+    meeting.say("ann", "hello", "hello")
+    meeting.check_deliveries(arrived=2)
+    meeting.leave("ann")
+    meeting.say("ann", "hello")
+    meeting.check_deliveries(arrived=3)
     joins = [line for line in room.lines if line.endswith(b"I am here")]
-    assert len(joins) == meeting.rows.counts()["join"] == 3
-    assert all(re.fullmatch(rb"\[[0-9a-f]{8}\.\d+\] I am here", line) for line in joins)
+    assert len(joins) == 3
+    assert meeting.rows.counts()["join"] == 3
+    for line in joins:
+        assert re.fullmatch(rb"\[[0-9a-f]{8}\.\d+\] I am here", line)
 
 
 def test_what_a_compose_leaves_out_is_neither_counted_nor_missed(meet: Meet) -> None:
     class Pinging(Talker):
         def compose(self, tag: str, message: str) -> str | bytes:
-            if message == "PING":
-                return f"PING {tag}"
+            if message.startswith("PING"):
+                return f"{tag} {message}"
             return super().compose(tag, message)
 
-    meeting = meet(Room(lambda count, line: [] if count == 2 else [line]))
-    first, _ = meeting.join(Pinging), meeting.join()
-    for text in ("hello", "PING", "hello"):
-        first.client.send_chat(text)
-    meeting.hear(arrived=2)
-    assert delivery.ACCOUNT.counts["stamped"] == 2
+    meeting = meet(Room())
+    meeting.join("ann", Pinging)
+    meeting.join("ben")
+    meeting.say("ann", "hello", "PING, lose this", "hello")
+    meeting.check_deliveries(arrived=2)
+    meeting.check_counts(stamped=2)
 
 
 class Json(locustfile.TCPChatUser):
@@ -867,7 +1113,8 @@ class Json(locustfile.TCPChatUser):
     abstract = True
 
     def compose(self, tag: str, message: str) -> str | bytes:
-        return json.dumps({"id": tag, "say": f"{tag} {message}"})
+        fields = {"id": tag, "say": f"{tag} {message}"}
+        return json.dumps(fields)
 
     def expected(self, tag: str, message: str) -> str | bytes | None:
         return f"{tag} {message}"
@@ -882,116 +1129,122 @@ class JsonRoom(Room):
 
     def broadcast(self, sender: socket.socket, line: bytes) -> None:
         said = json.loads(line)
-        told = json.dumps({"by": "kim", "id": said["id"], "said": said["say"]}).encode()
-        super().broadcast(sender, told)
+        told = {
+            "by": "kim",
+            "id": said["id"],
+            "said": said["say"],
+        }
+        super().broadcast(sender, json.dumps(told).encode())
 
 
 def test_a_tag_that_stands_twice_in_a_message_is_one_message(meet: Meet) -> None:
     """A protocol's own ``compose`` and ``expected`` get the stamp in place of the tag."""
     meeting = meet(JsonRoom(echoes=1))
-    first, _ = meeting.join_many(2, JsonTalker)
-    for _ in range(3):
-        assert first.client.send_chat("hello")
-    meeting.hear(arrived=3)
-    assert meeting.rows.counts()["echo_response"] == 3
+    meeting.join("ann ben", JsonTalker)
+    meeting.say("ann", "hello", times=3)
+    meeting.check_deliveries(arrived=3)
+    meeting.check_echoes(3)
 
 
 def test_ones_own_message_that_comes_back_twice_is_repeated(meet: Meet) -> None:
     meeting = meet(Room(echoes=2))
-    first, second = meeting.join(echo="full"), meeting.join(echo="none")
-    for _ in range(3):
-        assert first.client.send_chat("hello")
-    say(second, 2)
-    wait_until(lambda: meeting.deliveries == {"arrived": 5, "DeliveryRepeated": 5})
-    assert delivery.ACCOUNT.counts["repeated"] == 5
+    meeting.join("ann", echo="full")
+    meeting.join("ben", echo="none")
+    meeting.say("ann", "hello", times=3)
+    meeting.say("ben", "hello", times=2)
+    meeting.wait_for_deliveries(arrived=5, repeated=5)
+    meeting.check_counts(repeated=5)
+    meeting.check_echoes(3)
 
 
 def test_what_a_client_in_mode_any_takes_for_its_echo_has_come(meet: Meet) -> None:
     """The first copy of each message of another is the answer, the second one is unawaited."""
-    room = Room(lambda count, line: [line, line] if line.endswith(b"twice") else [line])
-    meeting = meet(room)
-    first, second, third = meeting.join(), meeting.join(echo="any"), meeting.join()
-    say(third, 1)
-    meeting.hear(arrived=2)
-    for number, text in enumerate(("hello", "twice")):
-        second.client.send_chat("a question", wait=False)
+    room = Room()
+    meeting = meet(room, "ann cem")
+    meeting.join("ben", echo="any")
+    ben = meeting.users["ben"]
+    meeting.say("cem", "hello")
+    meeting.check_deliveries(arrived=2)
+    for number, text in enumerate(("hello", "repeat this"), start=1):
+        ben.client.send_chat("a question", wait=False)
         wait_until(lambda: room.lines[-1] == b"a question")
-        first.client.send_chat(text)
-        wait_until(lambda: meeting.rows.counts()["echo_response"] == number + 1)  # noqa: B023
-    meeting.hear(arrived=2 + 2 * 2, DeliveryRepeated=2)
-    assert delivery.ACCOUNT.counts["reached"] == 6
+        meeting.say("ann", text)
+        meeting.wait_for_echoes(number)
+    meeting.check_deliveries(arrived=2 + 2 * 2, repeated=2)
+    meeting.check_counts(reached=6)
+
+
+class PairsRoom(Room):
+    """Rooms of two, who come one after the other."""
+
+    def tell_others(self, sender: socket.socket, line: bytes) -> None:
+        if line == END:
+            super().tell_others(sender, line)
+            return
+        index = self.members.index(sender)
+        other = self.members[index ^ 1]
+        send_line(other, line)
 
 
 def test_the_room_of_a_user_is_the_one_that_it_names(meet: Meet) -> None:
-    class Rooms(Room):
-        """Two rooms: who says ``red`` is told what is red."""
-
-        def tell_others(self, sender: socket.socket, line: bytes) -> None:
-            index = self.members.index(sender)
-            if line == END:
-                super().tell_others(sender, line)
-            else:
-                self.members[index ^ 1].sendall(line + b"\n")
-
-    meeting = meet(Rooms(losing))
-    pairs = [meeting.join(room=room) for room in ("red", "red", "blue", "blue")]
-    for user in pairs:
-        say(user, 2)
-    meeting.hear(arrived=4 * 2)
-    pairs[0].client.send_chat("lose this")
-    meeting.hear(arrived=4 * 2)
-    assert delivery.ACCOUNT.counts["unheard"] == 1
+    meeting = meet(PairsRoom())
+    meeting.join("rea rob", room="red")
+    meeting.join("bea bob", room="blue")
+    for name in meeting.users:
+        meeting.say(name, "hello", "hello")
+    meeting.check_deliveries(arrived=4 * 2)
+    meeting.say("rea", "lose this")
+    meeting.check_deliveries(arrived=4 * 2)
+    meeting.check_counts(unheard=1)
 
 
 def test_who_turns_the_numbering_off_is_timed_and_not_accounted_for(meet: Meet) -> None:
     """The first user's messages go to nobody, twice, or in any order."""
-    faults = {2: 0, 3: 2}
-    meeting = meet(Room(lambda count, line: [line] * faults.get(count, 1)))
-    first, *_ = meeting.join(numbered=False), meeting.join(), meeting.join()
-    say(first, 4)
-    meeting.hear(arrived=4 * 2)
-    assert all(row["response_time"] is not None for row in meeting.rows.named("delivery"))
-    assert delivery.ACCOUNT.counts["stamped"] == 4
-    assert delivery.ACCOUNT.counts["unheard"] == 0
+    meeting = meet(Room())
+    meeting.join("ann", numbered=False)
+    meeting.join("ben cem")
+    meeting.say("ann", "hello", "lose this", "repeat this", "hello")
+    meeting.check_deliveries(arrived=4 * 2)
+    meeting.check_counts(stamped=4, unheard=0)
+    for row in meeting.rows.named("delivery"):
+        assert row["response_time"] is not None
 
 
 def test_each_lost_message_is_told_to_each_receiver(meet: Meet) -> None:
     """The senders' echoes show that the lost ones were said."""
-    room = Room(lambda count, line: [] if count % 5 == 0 else [line], echoes=1)
+    room = Room(echoes=1)
     meeting = meet(room)
-    first, *_ = meeting.join(echo="full"), meeting.join(), meeting.join()
+    meeting.join("ann", echo="full")
+    meeting.join("ben cem")
     meeting.settle()
-    say(first, 20)
-    meeting.hear(arrived=16 * 2, DeliveryLost=4 * 2)
+    meeting.say("ann", "hello", "lose this", "hello", times=4)
+    meeting.check_deliveries(arrived=8 * 2, lost=4 * 2)
+    meeting.check_counts(unheard=4)
     assert room.lost == 4 * 2
-    assert delivery.ACCOUNT.counts["unheard"] == 4
 
 
 def test_what_an_others_only_room_swallows_is_unheard(meet: Meet) -> None:
     """Nothing shows that it was said."""
-    meeting = meet(Room(lambda count, line: [] if count % 5 == 0 else [line]))
-    first, *_ = meeting.join_many(3)
+    meeting = meet(Room(), "ann ben cem")
     meeting.settle()
-    say(first, 20)
-    meeting.hear(arrived=16 * 2)
-    assert delivery.ACCOUNT.counts["unheard"] == 4
+    meeting.say("ann", "hello", "lose this", "hello", times=4)
+    meeting.check_deliveries(arrived=8 * 2)
+    meeting.check_counts(unheard=4)
 
 
 def test_who_is_told_nothing_loses_everything(meet: Meet) -> None:
     room = Room(deaf=1)
-    meeting = meet(room)
-    _deaf, second, third = meeting.join_many(3)
-    say(second, 10)
-    say(third, 10)
-    meeting.hear(arrived=20, DeliveryLost=20)
+    meeting = meet(room, "deaf ann ben")
+    meeting.say("ann", "hello", times=10)
+    meeting.say("ben", "hello", times=10)
+    meeting.check_deliveries(arrived=20, lost=20)
     assert room.lost == 20
 
 
 def test_each_repeated_message_is_told(meet: Meet) -> None:
-    meeting = meet(Room(lambda count, line: [line, line] if count % 4 == 0 else [line]))
-    first, *_ = meeting.join_many(3)
-    say(first, 20)
-    meeting.hear(arrived=20 * 2, DeliveryRepeated=5 * 2)
+    meeting = meet(Room(), "ann ben cem")
+    meeting.say("ann", "hello", "repeat this", "hello", times=5)
+    meeting.check_deliveries(arrived=15 * 2, repeated=5 * 2)
 
 
 def test_each_swap_is_told_from_the_first_message_on(meet: Meet) -> None:
@@ -1004,185 +1257,159 @@ def test_each_swap_is_told_from_the_first_message_on(meet: Meet) -> None:
         earlier, later = held[-2:]
         return [later, earlier]
 
-    meeting = meet(Room(swap))
-    first, *_ = meeting.join_many(3)
-    say(first, 20)
-    meeting.hear(arrived=10 * 2, DeliveryReordered=10 * 2)
-    assert delivery.ACCOUNT.counts["arrived"] == 40
+    meeting = meet(Room(swap), "ann ben cem")
+    meeting.say("ann", "hello", times=20)
+    meeting.check_deliveries(arrived=10 * 2, reordered=10 * 2)
+    meeting.check_counts(arrived=40)
 
 
 # -- no false report
 
 
 def test_users_may_come_and_leave(meet: Meet) -> None:
-    meeting = meet(Room(losing, echoes=1))
-    first, second = meeting.join(echo="full"), meeting.join()
-    say(first, 3)
-    meeting.hear(arrived=3)
-    third = meeting.join()
-    say(first, 3)
-    meeting.hear(arrived=3 + 6)
-    second.client.close()
-    meeting.wait_for_open(2)
-    say(first, 3)
-    say(third, 2)
-    meeting.hear(arrived=9 + 3 + 2)
-    first.client.send_chat("lose this")
-    meeting.hear(arrived=9 + 5, DeliveryLost=1)
+    meeting = meet(Room(echoes=1))
+    meeting.join("ann", echo="full")
+    meeting.join("ben")
+    meeting.say("ann", "hello", times=3)
+    meeting.check_deliveries(arrived=3)
+    meeting.join("cem")
+    meeting.say("ann", "hello", times=3)
+    meeting.check_deliveries(arrived=3 + 6)
+    meeting.leave("ben")
+    meeting.say("ann", "hello", times=3)
+    meeting.say("cem", "hello", times=2)
+    meeting.check_deliveries(arrived=9 + 3 + 2)
+    meeting.say("ann", "lose this")
+    meeting.check_deliveries(arrived=9 + 5, lost=1)
 
 
 def test_a_receiver_that_was_away_misses_nothing(meet: Meet) -> None:
-    meeting = meet(Room(losing))
-    first, second, _third = meeting.join_many(3)
-    say(first, 3)
-    meeting.hear(arrived=6)
-    second.client.close()
-    meeting.wait_for_open(2)
-    say(first, 3)
-    meeting.hear(arrived=6 + 3)
-    assert second.client.connect()
-    meeting.wait_for_open(3)
-    say(first, 1)
-    meeting.hear(arrived=9 + 2)
+    meeting = meet(Room(), "ann ben cem")
+    meeting.say("ann", "hello", times=3)
+    meeting.check_deliveries(arrived=6)
+    meeting.leave("ben")
+    meeting.say("ann", "hello", times=3)
+    meeting.check_deliveries(arrived=6 + 3)
+    meeting.come_back("ben")
+    meeting.say("ann", "hello")
+    meeting.check_deliveries(arrived=9 + 2)
+
+
+class DroppingRoom(Room):
+    """A room that ends the connection of who says so."""
+
+    def broadcast(self, sender: socket.socket, line: bytes) -> None:
+        if b"hang up" in line:
+            sender.shutdown(socket.SHUT_RDWR)
+        else:
+            super().broadcast(sender, line)
 
 
 def test_a_sender_whose_connection_ends_with_its_message_has_not_lost_it(meet: Meet) -> None:
     """The third message ends the connection before the room has it."""
-
-    class Dropping(Room):
-        def broadcast(self, sender: socket.socket, line: bytes) -> None:
-            if b"hang up" in line:
-                sender.shutdown(socket.SHUT_RDWR)
-            else:
-                super().broadcast(sender, line)
-
-    meeting = meet(Dropping())
-    first, _ = meeting.join_many(2)
-    say(first, 2)
-    first.client.send_chat("hang up")
-    wait_until(lambda: first.client.connected_since is None)
-    say(first, 2)
-    meeting.hear(arrived=4)
-    assert delivery.ACCOUNT.counts["unheard"] == 0
+    meeting = meet(DroppingRoom(), "ann ben")
+    ann = meeting.users["ann"]
+    meeting.say("ann", "hello", "hello", "hang up")
+    wait_until(lambda: ann.client.connected_since is None)
+    meeting.say("ann", "hello", "hello")
+    meeting.check_deliveries(arrived=4)
+    meeting.check_counts(unheard=0)
 
 
 def test_what_was_said_while_a_login_lasted_is_history_to_it(meet: Meet) -> None:
-    class Slow(Talker):
+    class LogsInSlowly(Talker):
         def on_connect(self) -> None:
-            logging_in.set()
-            assert goes_on.wait(60)
+            gate.go_through()
 
-    logging_in, goes_on = Event(), Event()
-    meeting = meet(Room(echoes=1))
-    first = meeting.join()
-    slow = Slow(first.environment)
-    meeting.users.append(slow)
+    gate = Gate()
+    meeting = meet(Room(echoes=1), "ann")
+    slow = meeting.add("slow", LogsInSlowly)
     connecting = gevent.spawn(slow.client.connect)
-    assert logging_in.wait(60)
-    meeting.wait_for_open(2)
-    say(first, 3)
+    gate.wait_for_somebody()
+    meeting.wait_for_server()
+    meeting.say("ann", "hello", times=3)
     gevent.sleep(0)
-    goes_on.set()
+    gate.open()
     assert connecting.get(timeout=60)
-    meeting.hear()
+    meeting.check_deliveries()
 
 
 def test_what_waits_behind_a_blocked_handler_is_not_lost(meet: Meet) -> None:
-    class Slow(locustfile.TCPChatUser):
-        abstract = True
-
-        def on_message(self, payload: bytes, arrived: float) -> None:
-            if payload.endswith(b"wait"):
-                waiting.set()
-                goes_on.wait(60)
-            super().on_message(payload, arrived)
-
-    class SlowTalker(Talker, Slow):
-        pass
-
-    waiting, goes_on = Event(), Event()
-    meeting = meet(Room(echoes=1))
-    first, _slow = meeting.join(), meeting.join(SlowTalker)
+    gate = Gate()
+    meeting = meet(Room(echoes=1), "ann")
+    meeting.join("slow", StopsAfter, gate=gate)
     meeting.settle()
-    for text in ("wait", "hello"):
-        first.client.send_chat(text)
-    assert waiting.wait(60)
-    wait_until(lambda: meeting.server.open == 2 and delivery.ACCOUNT.counts["arrived"] == 1)
-    delivery.ACCOUNT.judge_due(perf_counter() + 1000)
-    goes_on.set()
-    wait_until(lambda: _slow.client.connected_since is not None)
-    counts = delivery.ACCOUNT.counts
-    assert (counts["lost"], counts["missing"], counts["reached"]) == (0, 1, 1)
+    meeting.say("ann", "wait", "hello")
+    gate.wait_for_somebody()
+    meeting.wait_for_deliveries(arrived=1)
+    judge_all()
+    gate.open()
+    meeting.check_counts(lost=0, missing=1, reached=1)
 
 
 def test_what_is_handled_late_lets_the_judgement_wait(meet: Meet) -> None:
-    meeting = meet(Room(losing, echoes=1))
-    first, second = meeting.join_many(2)
+    meeting = meet(Room(echoes=1), "ann ben")
     meeting.settle()
-    first.client.send_chat("lose this")
-    (message,) = [each for each in delivery.ACCOUNT.messages.values() if not each.is_judged]
+    meeting.say("ann", "lose this")
+    message = list(delivery.ACCOUNT.messages.values())[-1]
     wait_until(lambda: message.is_said)
-    second.on_message(b"something", perf_counter() - 1000)
-    delivery.ACCOUNT.judge_due(perf_counter() + 1000)
-    assert delivery.ACCOUNT.counts["lost"] == 0
-    delivery.ACCOUNT.judge_due(perf_counter() + 2000)
-    assert delivery.ACCOUNT.counts["lost"] == 1
+    ben = meeting.users["ben"]
+    ben.on_message(b"something", perf_counter() - 1000)
+    judge_all()
+    meeting.check_counts(lost=0)
+    judge_all(2000.0)
+    meeting.check_counts(lost=1)
 
 
 def test_what_an_untagged_exchange_takes_before_earlier_messages_are_handled_is_in_order(
     meet: Meet,
 ) -> None:
-    class Slow(Talker):
-        def on_message(self, payload: bytes, arrived: float) -> None:
-            if payload.endswith(b"wait"):
-                waiting.set()
-                goes_on.wait(60)
-            super().on_message(payload, arrived)
-
-    waiting, goes_on = Event(), Event()
-    meeting = meet(Room())
-    first, slow = meeting.join(), meeting.join(Slow)
-    first.client.send_chat("wait")
-    assert waiting.wait(60)
+    gate = Gate()
+    meeting = meet(Room(), "ann")
+    meeting.join("slow", StopsBefore, gate=gate)
+    slow = meeting.users["slow"]
+    meeting.say("ann", "wait")
+    gate.wait_for_somebody()
     slow.client.send_chat("a question", echo="any", wait=False)
-    first.client.send_chat("hello")
-    wait_until(lambda: meeting.deliveries == {"arrived": 1})
-    goes_on.set()
-    meeting.hear(arrived=2)
+    meeting.say("ann", "hello")
+    meeting.wait_for_deliveries(arrived=1)
+    gate.open()
+    meeting.check_deliveries(arrived=2)
 
 
 def test_what_came_before_the_end_of_a_connection_counts_however_late_it_is_handled(
     meet: Meet,
 ) -> None:
-    class Slow(Talker):
-        def on_message(self, payload: bytes, arrived: float) -> None:
-            if payload.endswith(b"wait"):
-                goes_on.wait(60)
-            super().on_message(payload, arrived)
-
-    goes_on = Event()
+    gate = Gate()
     room = Room()
-    meeting = meet(room)
-    first, slow = meeting.join(), meeting.join(Slow)
-    for text in ("wait", "hello", "hello"):
-        first.client.send_chat(text)
-    wait_until(lambda: len(room.lines) == 3)
-    room.members[1].shutdown(socket.SHUT_WR)
+    meeting = meet(room, "ann")
+    meeting.join("slow", StopsBefore, gate=gate)
+    slow = meeting.users["slow"]
+    meeting.say("ann", "wait", "hello", "hello")
+    room.wait_for_lines(3)
+    _, to_slow = room.members
+    to_slow.shutdown(socket.SHUT_WR)
     wait_until(lambda: slow.client.connected_since is None)
-    goes_on.set()
-    wait_until(lambda: meeting.deliveries == {"arrived": 3})
+    gate.open()
+    meeting.wait_for_deliveries(arrived=3)
 
 
 # -- what is reported at the end
 
 
 def report(
-    elsewhere: int = 0, said: float = 1.0, since: float = 9.0, until: float = 0.0, **counts: int
+    room: str = "",
+    elsewhere: float = 0.0,
+    said: float = 1.0,
+    since: float = 9.0,
+    until: float = 0.0,
+    **counts: int,
 ) -> delivery.Report:
     """Return a report of one room; times are seconds before the report."""
+    usual = {"arrived": 9, "reached": 9, "users": 3, "deaf_users": 1}
     return delivery.Report(
-        counts={"arrived": 9, "reached": 9, "users": 3, "deaf_users": 1, **counts},
-        rooms={"": [elsewhere, said, since, until]},
+        counts=usual | counts,
+        rooms={room: [elsewhere, said, since, until]},
     )
 
 
@@ -1204,52 +1431,80 @@ def total() -> Iterator[Total]:
     delivery.ROOMS_OF_WORKERS.clear()
 
 
+HEARD_NOBODY = "processes heard nobody of the others"
+
+
+def test_a_process_that_hears_nothing_of_what_others_said_is_found(total: Total) -> None:
+    """Both are of a run of ten seconds."""
+    deaf = report(said=8.9)
+    hearing = report(said=1.0, elsewhere=5)
+    counts = total(deaf, hearing)
+    check_counts(counts, deaf_workers=1)
+    assert delivery.has_failed(counts)
+    assert f"1 of 2 {HEARD_NOBODY}" in delivery.result_line(counts)
+
+
 @pytest.mark.parametrize(
-    ("others", "deaf"),
+    "other",
     [
-        (report(said=1.0), 1),  # both are of a run of ten seconds, and hear nothing
-        (report(said=8.5), 0),  # it may have been said before this one was there
-        (report(said=float("inf")), 0),  # nothing was said there
-        ({**report(said=1.0), "rooms": {"other": [0, 1.0, 9.0, 0.0]}}, 0),
+        report(elsewhere=5, said=8.5),  # it may have been said before this one was there
+        report(elsewhere=5, said=float("inf")),  # nothing was said there
+        report(elsewhere=5, said=1.0, room="other"),
     ],
 )
-def test_a_process_that_hears_nothing_of_what_others_said_is_found(
-    others: delivery.Report, deaf: int, total: Total
+def test_a_process_that_had_nothing_of_others_to_hear_is_not_deaf(
+    other: delivery.Report, total: Total
 ) -> None:
     here = report(said=8.9)
-    others["rooms"] = {name: [5.0, *rest] for name, (_, *rest) in others["rooms"].items()}
-    counts = total(here, others)
-    assert counts["deaf_workers"] == deaf
-    assert delivery.has_failed(counts) == bool(deaf)
-    line = delivery.result_line(counts)
-    assert ("1 of 2 processes heard nobody of the others" in line) == bool(deaf)
+    counts = total(here, other)
+    check_counts(counts, deaf_workers=0)
+    assert not delivery.has_failed(counts)
+    assert HEARD_NOBODY not in delivery.result_line(counts)
 
 
 def test_what_was_said_when_nobody_of_a_process_was_there_any_more_is_not_missed_by_it(
     total: Total,
 ) -> None:
-    counts = total(report(said=8.9, until=2.0), report(elsewhere=5, said=1.0))
+    gone = report(said=8.9, until=2.0)
+    other = report(said=1.0, elsewhere=5)
+    counts = total(gone, other)
     assert not delivery.has_failed(counts)
 
 
 def test_a_process_that_hears_others_has_not_failed(total: Total) -> None:
-    assert not delivery.has_failed(total(report(elsewhere=1), report(elsewhere=1)))
+    one = report(elsewhere=1)
+    other = report(elsewhere=1)
+    counts = total(one, other)
+    assert not delivery.has_failed(counts)
 
 
-@pytest.mark.parametrize("reports", [(report(unheard=1),), (report(arrived=0),), ()])
+@pytest.mark.parametrize("reports", [[report(unheard=1)], [report(arrived=0)], []])
 def test_what_nobody_else_heard_fails_a_run_and_so_does_a_run_without_deliveries(
-    reports: tuple[delivery.Report, ...], total: Total
+    reports: list[delivery.Report], total: Total
 ) -> None:
-    assert delivery.has_failed(total(*reports))
+    counts = total(*reports)
+    assert delivery.has_failed(counts)
 
 
 def test_the_line_adds_up_the_processes_and_rounds_the_reach_down(total: Total) -> None:
-    first = report(arrived=999_999, reached=999_990, lost=1, repeated=2, stamped=77, missing=4)
-    second = report(arrived=5, reached=0, unheard=3)
-    first["rooms"] = second["rooms"] = {}
+    first = report(
+        room="red",
+        arrived=999_999,
+        reached=999_990,
+        lost=1,
+        repeated=2,
+        stamped=77,
+        missing=4,
+    )
+    second = report(
+        room="blue",
+        arrived=5,
+        reached=0,
+        unheard=3,
+    )
     second["counts"]["elsewhere"] = 5
-    line = delivery.result_line(total(first, second))
-    assert line == (
+    counts = total(first, second)
+    assert delivery.result_line(counts) == (
         "delivery: 1,000,004 arrived, 1 lost, 2 repeated, 0 out of order; reach 99.99 % of 999,991;"
         " 77 messages stamped, 3 that nobody else heard; 2 of 6 users heard nobody;"
         " not judged: 9 that arrived, 4 that did not, 5 from other processes"
@@ -1260,7 +1515,8 @@ def test_the_line_adds_up_the_processes_and_rounds_the_reach_down(total: Total) 
 
 LINE = re.compile(
     r"^delivery: (?P<arrived>[\d,]+) arrived, (?P<lost>[\d,]+) lost, (?P<repeated>[\d,]+) repeated,"
-    r" (?P<reordered>[\d,]+) out of order; reach (?P<reach>unknown|[\d.]+ % of [\d,]+);"
+    r" (?P<reordered>[\d,]+) out of order;"
+    r" reach (unknown|(?P<reach>[\d.]+) % of (?P<judged>[\d,]+));"
     r" (?P<stamped>[\d,]+) messages stamped, (?P<unheard>[\d,]+) that nobody else heard;"
     r" (?P<deaf>\d+) of (?P<users>\d+) users heard nobody; not judged: (?P<young>[\d,]+) that"
     r" arrived, (?P<missing>[\d,]+) that did not, (?P<elsewhere>[\d,]+) from other processes"
@@ -1269,42 +1525,61 @@ LINE = re.compile(
 )
 
 
-def figures(output: str) -> dict[str, int]:
-    """Return the figures of the one line that sums up, which is the last that Locust prints."""
+def number(text: str) -> int:
+    """Return the number that a text with commas is."""
+    return int(text.replace(",", ""))
+
+
+def figures(output: str) -> Counter[str]:
+    """Return the figures of the one line that sums up, which is the last that Locust prints.
+
+    ``reached`` is what the others leave of ``arrived``; the share is looked at here.
+    """
     (match,) = LINE.finditer(output)
     assert output.rstrip().endswith(match[0])
-    counts = {name: text.replace(",", "") for name, text in match.groupdict().items()}
-    reach, _, judged = counts.pop("reach").partition(" % of ")
-    numbers = {name: int(text) for name, text in counts.items()}
-    assert 0 <= numbers["young"] + numbers["elsewhere"] <= numbers["arrived"]
-    reached = numbers["arrived"] - numbers["young"] - numbers["elsewhere"]
+    texts = match.groupdict(default="0")
+    share = float(texts.pop("reach"))
+    counts: Counter[str] = Counter()
+    for name, text in texts.items():
+        counts[name] = number(text)
+    unjudged = counts["young"] + counts["elsewhere"]
+    reached = counts["arrived"] - unjudged
+    judged = reached + counts["lost"]
+    assert reached >= 0
+    assert counts["judged"] == judged
     if judged:
-        assert int(judged) == reached + numbers["lost"]
-        assert float(reach) == reached * 10_000 // int(judged) / 100
-    return {**numbers, "reached": reached}
+        assert share == reached * 10_000 // judged / 100
+    counts["reached"] = reached
+    return counts
 
 
 def entries(output: str) -> dict[str, dict[str, float]]:
     """Return the rows that --json printed, by name."""
-    text = "\n" + output
-    parsed, _ = json.JSONDecoder().raw_decode(text[text.index("\n[\n") + 1 :])
+    decoder = json.JSONDecoder()
+    text = f"\n{output}"
+    start = text.index("\n[\n") + 1
+    parsed, _ = decoder.raw_decode(text, start)
     return {entry["name"]: entry for entry in parsed}
 
 
 QUICK = "--headless --users=4 --spawn-rate=4 --run-time=10m --chat-wait=0.1 --chat-timeout=1 --json"
-ONE_PROCESS = ("-f", "plugins/delivery.py")
 FILES = ("-f", "locustfile.py,plugins/delivery.py", "RoomClient")
+SILENT = ("--chat-echo=none",)
+COMMANDS = re.findall(r"^    (locust -f .*)$", str(delivery.__doc__), re.MULTILINE)
 
 
 def losing_every_seventh(count: int, line: bytes) -> list[bytes]:
     """Lose messages, but none while the users come."""
-    return [] if count > 20 and count % 7 == 0 else [line]
+    if count > 20 and count % 7 == 0:
+        return []
+    return [line]
 
 
 def process_of(connection: socket.socket) -> int:
     """Return the process at the other end of a connection, on this machine."""
+    here, there = connection.getsockname(), connection.getpeername()
     for each in psutil.net_connections("tcp4"):
-        if each.laddr == connection.getpeername() and each.raddr == connection.getsockname():
+        if each.laddr == there and each.raddr == here:
             return int(each.pid or 0)
     return 0
 
@@ -1321,18 +1596,31 @@ class DividedRoom(Room):
         super().__call__(connection)
 
     def tell_others(self, sender: socket.socket, line: bytes) -> None:
+        process = self._processes[sender]
         for member in list(self.members):
-            if member is not sender and self._processes[member] == self._processes[sender]:
-                member.sendall(line + b"\n")
+            if member is not sender and self._processes[member] == process:
+                send_line(member, line)
+
+
+def wait_for(running: Program, arrived: int = 0, failed: int = 0) -> None:
+    """Wait until a run has had so many deliveries that arrived, and so many that failed."""
+
+    def has_come() -> bool:
+        counts = latest_counts(running, "delivery")
+        return counts.successes >= arrived and counts.failures >= failed
+
+    wait_until(has_come)
 
 
 class Case(NamedTuple):
     """A run against a room, which ends as soon as it has shown what the room does."""
 
     room: Room
-    is_shown: Callable[[Program, Room], bool]
     options: tuple[str, ...] = ()
-    command: str = ""  # where it is not that of FILES; what comes later wins over it
+    command: Iterable[str] = FILES  # the options win over what it says
+    arrived: int = 0  # it goes on until so many deliveries have arrived,
+    failed: int = 0  # so many are failures,
+    said: int = 0  # and so many messages were said
 
 
 class Ended(NamedTuple):
@@ -1342,131 +1630,143 @@ class Ended(NamedTuple):
     exit_code: int
     output: str
 
-
-def has_failures(running: Program, _room: Room) -> bool:
-    return latest_counts(running, "delivery").failures > 20
-
-
-def has_deliveries(running: Program, _room: Room) -> bool:
-    return latest_counts(running, "delivery").successes > 0
+    @property
+    def counts(self) -> Counter[str]:
+        """The figures of its last line."""
+        return figures(self.output)
 
 
-def has_many_deliveries(running: Program, _room: Room) -> bool:
-    return latest_counts(running, "delivery").successes > 100
-
-
-def has_heard_much(_running: Program, room: Room) -> bool:
-    return len(room.lines) > 150  # in about four seconds
-
-
-SILENT = ("--chat-echo=none",)
-COMMANDS = re.findall(r"^    (locust -f .*)$", str(delivery.__doc__), re.MULTILINE)
 CASES = {
-    "losing": Case(Room(losing_every_seventh, echoes=1), has_failures),
-    "deaf": Case(Room(echoes=1, deaf=1), has_failures),
-    "deaf, others only": Case(Room(deaf=1), has_failures, SILENT),
-    "nobody hears": Case(Room(lambda count, line: [], echoes=1), has_heard_much),
-    "nobody hears, others only": Case(Room(lambda count, line: []), has_heard_much, SILENT),
-    "divided": Case(DividedRoom(), has_heard_much, ("--processes=2",)),
-    **{
-        each: Case(Room(echoes=1), has_many_deliveries, ("--stop-timeout=60",), each)
-        for each in COMMANDS
-    },
-    "too short": Case(Room(echoes=1), has_deliveries, ("--chat-timeout=60",)),
+    "losing": Case(Room(losing_every_seventh, echoes=1), failed=20),
+    "deaf": Case(Room(echoes=1, deaf=1), failed=20),
+    "deaf, others only": Case(Room(deaf=1), SILENT, failed=20),
+    "nobody hears": Case(Room(swallowed, echoes=1), said=150),  # in about four seconds
+    "nobody hears, others only": Case(Room(swallowed), SILENT, said=150),
+    "divided": Case(DividedRoom(), ("--processes=2",), said=150),
+    "too short": Case(Room(echoes=1), ("--chat-timeout=60",), arrived=1),
 }
+for command in COMMANDS:
+    CASES[command] = Case(
+        room=Room(echoes=1),
+        options=("--stop-timeout=60",),
+        command=shlex.split(command)[1:],
+        arrived=100,
+    )
 
 
 @pytest.fixture(scope="module")
 def ended() -> Iterator[dict[str, Ended]]:
     """Return the runs of all cases, which were made at the same time, as they wait a lot."""
-    servers = {name: Server(case.room) for name, case in CASES.items()}
-    running: dict[str, Program] = {}
-    try:
+    with servers() as serve, programs() as start:
+        running: dict[str, Program] = {}
         for name, case in CASES.items():
-            options = (*QUICK.split(), *bus_options(), *case.options)
-            host = f"--host={servers[name].address}"
-            given = shlex.split(case.command)[1:] or FILES
-            running[name] = Program(*QUICK_LOCUST, *given, host, *options)
+            server = serve(case.room)
+            running[name] = start(
+                *QUICK_LOCUST,
+                *case.command,
+                f"--host={server.address}",
+                *QUICK.split(),
+                *bus_options(),
+                *case.options,
+            )
         for name, case in CASES.items():
-            wait_until(lambda: case.is_shown(running[name], case.room))  # noqa: B023  # at once
-        codes = {name: program.stop() for name, program in running.items()}
-        yield {
-            name: Ended(case.room, codes[name], running[name].output)
-            for name, case in CASES.items()
-        }
-    finally:
-        for program in running.values():
-            program.kill()
-        for server in servers.values():
-            server.stop()
+            wait_for(running[name], case.arrived, case.failed)
+            case.room.wait_for_lines(case.said)
+        runs = {}
+        for name, case in CASES.items():
+            program = running[name]
+            runs[name] = Ended(case.room, program.stop(), program.output)
+        yield runs
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_its_first_lines(command: str, ended: dict[str, Ended]) -> None:
     """The first is of one process, the second of a master and two workers."""
-    room, exit_code, output = ended[command]
-    assert exit_code == 0
-    counts = figures(output)
-    rows = entries(output)
-    assert counts["arrived"] == rows["delivery"]["num_requests"] <= 3 * len(room.lines)
-    assert counts["lost"] == counts["repeated"] == counts["reordered"] == counts["deaf"] == 0
-    assert counts["unheard"] == 0
-    assert rows["echo_response"]["num_requests"] == len(room.lines)
-    # A user that ends between making a message and sending it gives it up.
-    assert 0 <= counts["stamped"] - len(room.lines) <= counts["users"]
-    assert counts["users"] == 4
+    run = ended[command]
+    assert run.exit_code == 0
+    counts = run.counts
+    check_counts(
+        counts,
+        users=4,
+        lost=0,
+        repeated=0,
+        reordered=0,
+        deaf=0,
+        unheard=0,
+    )
     assert counts["reached"] > 0
     assert (counts["elsewhere"] > 0) == ("--processes" in command)
-    assert rows["delivery"]["num_none_requests"] == 0  # all of one machine
-    assert set(rows) == {"connect", "send_chat", "echo_response", "delivery"}
+    said = len(run.room.lines)
+    # A user that ends between making a message and sending it gives it up.
+    assert said <= counts["stamped"] <= said + 4
+    rows = entries(run.output)
+    assert rows.keys() == {"connect", "send_chat", "echo_response", "delivery"}
+    echoes = rows["echo_response"]
+    assert echoes["num_requests"] == said
+    row = rows["delivery"]
+    assert row["num_requests"] == counts["arrived"]
+    assert counts["arrived"] <= 3 * said
+    assert row["num_none_requests"] == 0  # all of one machine
 
 
 @pytest.mark.parametrize("name", ["losing", "deaf", "deaf, others only"])
 def test_what_is_reported_is_what_the_room_did_but_for_what_is_said_to_be_unjudged(
     name: str, ended: dict[str, Ended]
 ) -> None:
-    room, exit_code, output = ended[name]
-    assert exit_code == 1
-    counts = figures(output)
-    assert counts["lost"] == entries(output)["delivery"]["num_failures"]
+    run = ended[name]
+    assert run.exit_code == 1
+    assert "DeliveryLost" in run.output
+    counts = run.counts
+    row = entries(run.output)["delivery"]
+    room = run.room
+    lost = counts["lost"]
+    missing = counts["missing"]
+    assert lost == row["num_failures"]
     # What the first to come did not hear of each other before their logins had ended.
     history = 3 if room.deaf else 0
-    assert counts["lost"] <= room.lost <= counts["lost"] + counts["missing"] + history
-    assert counts["missing"] < room.lost
-    assert counts["repeated"] == counts["reordered"] == 0
-    assert counts["deaf"] == len(room.deaf)
-    assert "DeliveryLost" in output
+    assert lost <= room.lost <= lost + missing + history
+    assert missing < room.lost
+    check_counts(counts, repeated=0, reordered=0, deaf=len(room.deaf))
 
 
-@pytest.mark.parametrize(
-    ("name", "lost"), [("nobody hears", True), ("nobody hears, others only", False)]
-)
-def test_a_room_in_which_nothing_arrives_fails(
-    name: str, lost: bool, ended: dict[str, Ended]
+def test_a_room_in_which_nothing_arrives_loses_what_came_back_to_its_sender(
+    ended: dict[str, Ended],
 ) -> None:
-    _, exit_code, output = ended[name]
-    assert exit_code == 1
-    counts = figures(output)
-    assert counts["arrived"] == 0
+    run = ended["nobody hears"]
+    assert run.exit_code == 1
+    counts = run.counts
+    check_counts(counts, arrived=0)
     assert counts["unheard"] > 0
-    assert (counts["lost"] > 0) == lost
+    assert counts["lost"] > 0
+
+
+def test_a_room_in_which_nothing_arrives_or_comes_back_fails(ended: dict[str, Ended]) -> None:
+    run = ended["nobody hears, others only"]
+    assert run.exit_code == 1
+    counts = run.counts
+    check_counts(counts, arrived=0, lost=0)
+    assert counts["unheard"] > 0
 
 
 def test_processes_that_hear_nothing_of_each_other_fail(ended: dict[str, Ended]) -> None:
-    _, exit_code, output = ended["divided"]
-    assert exit_code == 1
-    counts = figures(output)
-    assert counts["elsewhere"] == counts["lost"] == counts["unheard"] == 0
-    assert "; 2 of 2 processes heard nobody of the others" in output
+    run = ended["divided"]
+    assert run.exit_code == 1
+    check_counts(run.counts, elsewhere=0, lost=0, unheard=0)
+    assert f"; 2 of 2 {HEARD_NOBODY}" in run.output
 
 
 def test_a_run_that_is_too_short_to_judge_says_so(ended: dict[str, Ended]) -> None:
-    _, exit_code, output = ended["too short"]
-    assert exit_code == 0
-    counts = figures(output)
-    assert counts["reached"] == 0
-    assert counts["young"] == counts["arrived"]
-    assert "reach unknown" in output
+    run = ended["too short"]
+    assert run.exit_code == 0
+    counts = run.counts
+    check_counts(counts, reached=0, young=counts["arrived"])
+    assert "reach unknown" in run.output
+
+
+def start_one(start: Start, server: Server, *options: str) -> Program:
+    """Start a Locust of one process."""
+    host = f"--host={server.address}"
+    return start(*QUICK_LOCUST, "-f", "plugins/delivery.py", host, *options)
 
 
 @pytest.mark.together
@@ -1474,20 +1774,27 @@ def test_a_generator_that_is_stopped_for_longer_than_the_timeout_loses_nothing(
     serve: Serve, start: Start
 ) -> None:
     room = Room(echoes=1)
-    host = f"--host={serve(room).address}"
-    running = start(
-        *QUICK_LOCUST, *ONE_PROCESS, host, *QUICK.split(), "--chat-wait=0", "--users=20"
-    )
-    wait_until(lambda: latest_counts(running, "delivery").successes > 1000)
+    options = (*QUICK.split(), "--chat-wait=0", "--users=20")
+    running = start_one(start, serve(room), *options)
+    wait_for(running, arrived=1000)
     running.process.send_signal(signal.SIGSTOP)
     gevent.sleep(2.5)
     running.process.send_signal(signal.SIGCONT)
-    said = len(room.lines)
-    wait_until(lambda: len(room.lines) > said + 2000)
+    room.wait_for_lines(len(room.lines) + 2000)
     running.stop()
     counts = figures(running.output)
-    assert counts["lost"] == counts["unheard"] == counts["reordered"] == 0
+    check_counts(counts, lost=0, unheard=0, reordered=0)
     assert counts["reached"] > 0
+
+
+def start_two(start: Start, server: Server) -> tuple[Program, Program]:
+    """Start a master, and a worker that gets the files from it."""
+    bus = bus_options()
+    host = f"--host={server.address}"
+    options = ("--master", "--expect-workers=1", host, *QUICK.split())
+    master = start(*QUICK_LOCUST, *FILES, *options, *bus)
+    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus)
+    return master, worker
 
 
 @pytest.mark.together
@@ -1495,55 +1802,54 @@ def test_a_worker_that_gets_the_files_from_its_master_tells_it_what_was_lost(
     serve: Serve, start: Start
 ) -> None:
     room = Room(losing_every_seventh, echoes=1)
-    bus = bus_options()
-    options = (f"--host={serve(room).address}", *QUICK.split())
-    master = start(*QUICK_LOCUST, *FILES, "--master", "--expect-workers=1", *options, *bus)
-    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus)
-    wait_until(lambda: latest_counts(master, "delivery").failures > 0)
+    master, worker = start_two(start, serve(room))
+    wait_for(master, failed=1)
     assert master.stop() == 1
     worker.ends()
-    counts = figures(master.output)
-    rows = entries(master.output)
-    assert rows["delivery"]["num_requests"] == counts["arrived"] + counts["lost"]
-    assert rows["delivery"]["num_failures"] == counts["lost"]
-    assert 0 < counts["lost"] <= room.lost <= counts["lost"] + counts["missing"]
     assert "DeliveryLost" in master.output
     assert "delivery: " not in worker.output
+    counts = figures(master.output)
+    row = entries(master.output)["delivery"]
+    lost = counts["lost"]
+    missing = counts["missing"]
+    assert row["num_requests"] == counts["arrived"] + lost
+    assert row["num_failures"] == lost
+    assert lost > 0
+    assert lost <= room.lost <= lost + missing
 
 
 @pytest.mark.together
 def test_the_figures_of_a_worker_that_dies_are_kept(serve: Serve, start: Start) -> None:
     room = Room(echoes=1)
-    bus = bus_options()
-    options = (f"--host={serve(room).address}", *QUICK.split())
-    master = start(*QUICK_LOCUST, *FILES, "--master", "--expect-workers=1", *options, *bus)
-    worker = start(*QUICK_LOCUST, "-f", "-", "--worker", *bus)
-    wait_until(lambda: latest_counts(master, "delivery").successes > 100)
+    master, worker = start_two(start, serve(room))
+    wait_for(master, arrived=100)
     worker.kill()
     master.stop()
-    assert figures(master.output)["arrived"] > 100
+    counts = figures(master.output)
+    assert counts["arrived"] >= 100
 
 
 @pytest.mark.together
 def test_each_run_in_the_web_ui_is_summed_up_by_itself(serve: Serve, start: Start) -> None:
-    web_ui = WebUI()
-    options = (f"--host={serve(Room(echoes=1)).address}", "--chat-wait=0.1", *web_ui.options)
-    running = start(*QUICK_LOCUST, *ONE_PROCESS, *options, cwd=ROOT)
-
     def arrived() -> list[int]:
         counts = re.findall(r"delivery: ([\d,]+) arrived", running.output)
-        return [int(count.replace(",", "")) for count in counts]
+        return [number(count) for count in counts]
 
-    def deliveries() -> int:
-        rows = web_ui.statistics().get("stats", ())
-        return sum(row["num_requests"] for row in rows if row["name"] == "delivery")
+    def shown() -> int:
+        for row in web_ui.statistics().get("stats", ()):
+            if row["name"] == "delivery":
+                return int(row["num_requests"])
+        return 0
 
+    web_ui = WebUI()
+    server = serve(Room(echoes=1))
+    running = start_one(start, server, "--chat-wait=0.1", *web_ui.options)
     for runs in (1, 2):
         web_ui.swarm(user_count="3")
-        wait_until(lambda: deliveries() not in (0, *arrived()))  # at first it shows the last run
+        wait_until(lambda: shown() not in (0, *arrived()))  # at first it shows the last run
         web_ui.stop()
         wait_until(lambda: len(arrived()) == runs)  # noqa: B023  # waited for within the loop
-        wait_until(lambda: deliveries() == arrived()[-1])
+        wait_until(lambda: shown() == arrived()[-1])
     assert running.stop() == 0
     assert len(arrived()) == 2
 
@@ -1551,25 +1857,29 @@ def test_each_run_in_the_web_ui_is_summed_up_by_itself(serve: Serve, start: Star
 @pytest.mark.together
 def test_a_web_ui_in_which_nobody_starts_a_run_has_not_failed(serve: Serve, start: Start) -> None:
     web_ui = WebUI()
-    host = f"--host={serve(Room()).address}"
-    running = start(*QUICK_LOCUST, *ONE_PROCESS, host, *web_ui.options, cwd=ROOT)
+    server = serve(Room())
+    running = start_one(start, server, *web_ui.options)
     running.prints("Starting web interface")
     wait_until(web_ui.statistics)
     assert running.stop() == 0
     assert "delivery: " not in running.output
 
 
-def test_with_the_stamp_long_texts_keep_their_sizes(meet: Meet) -> None:
-    class Longest(Talker):
-        wait_time = between(1, 2)
-
-    user = meet(Room()).join(Longest)
-    tag = f"{'f' * 8}.999999"
-    for texts, sizes in (
+@pytest.mark.parametrize(
+    ("texts", "sizes"),
+    [
         (locustfile.LONG_TEXTS, range(100, 401)),
         (locustfile.VERY_LONG_TEXTS, range(513, 1001)),
-    ):
-        for text in texts:
-            payload = str(user.compose(tag, text)).encode()
-            assert delivery.STAMP.search(payload)
-            assert len(payload) in sizes
+    ],
+)
+def test_with_the_stamp_long_texts_keep_their_sizes(
+    texts: Iterable[str], sizes: range, meet: Meet
+) -> None:
+    meeting = meet(Room(), "ann")
+    ann = meeting.users["ann"]
+    tag = f"{'f' * 8}.999999"
+    for text in texts:
+        composed = ann.compose(tag, text)
+        payload = str(composed).encode()
+        assert delivery.STAMP.search(payload)
+        assert len(payload) in sizes

@@ -257,6 +257,11 @@ def capitals(message: bytes) -> bytes:
     return message.upper()
 
 
+def in_korean(message: bytes) -> bytes:
+    """Answer with the text, as a server does that knows CP949 alone."""
+    return message.decode("cp949", "replace").encode("cp949", "replace")
+
+
 def command(framing: str, echo: str) -> str:
     """Return the beginning of the command that has to be found."""
     options = f"--chat-framing={shlex.quote(framing)} --chat-echo={echo}"
@@ -319,6 +324,7 @@ CASES = {
         Chat("line", confirm, talk=0.2, hides_talk=True), command("line", "any")
     ),
     "capitals for all": Case(Chat("line", capitals), command("line", "any")),
+    "another encoding": Case(Chat("line", in_korean), command("line", "tag")),
     "complains of line": Case(wants_crlf, command("crlf", "full")),
     "complains of raw": Case(wants_nul, command("nul", "any")),
     "answers only twice": Case(answers_twice, "line with --chat-echo=full works for some messages"),
@@ -538,6 +544,30 @@ def test_a_warning_stands_before_a_command_that_takes_any_answer(
         "protocol: see docs/protocols.md"
     )
     assert last == command("line", "any") + str(server.port)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("answer", "is_warned_of"),
+    [(in_korean, True), (lambda message: message.replace(b"!", b"?"), False)],
+    ids=["another encoding", "other text"],
+)
+def test_a_server_that_may_have_another_encoding_is_told_before_the_command(
+    serve: Serve,
+    capsys: pytest.CaptureFixture[str],
+    answer: Callable[[bytes], bytes],
+    is_warned_of: bool,
+) -> None:
+    server = serve(Chat("line", answer))
+    assert diagnose.main(["127.0.0.1", str(server.port)]) == 0
+    *_, warning, last = capsys.readouterr().out.splitlines()
+    assert (
+        warning.endswith(
+            "use --chat-echo=full with --chat-encoding=cp949 or what else the server has"
+        )
+        == is_warned_of
+    )
+    assert last == command("line", "tag") + str(server.port)
 
 
 @pytest.mark.usefixtures("quick")

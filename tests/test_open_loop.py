@@ -143,6 +143,47 @@ def test_what_fell_due_without_a_connection_is_left_out(
     assert count_late(environment) == 0  # it was not the generator that was slow
 
 
+@pytest.mark.parametrize(
+    ("seconds", "missed"),
+    [(0.0, 0), (0.05, 0), (0.35, 2), (2.05, 10)],  # of a task each 0.2 s; it is late after 0.1 s
+)
+def test_what_has_not_started_when_its_user_ends_was_due_and_is_late(
+    environment: Environment, clock: Clock, seconds: float, missed: int
+) -> None:
+    client = Client()
+    schedule = schedule_of(5, client)
+    clock.now += schedule.first_pause()
+    pass_pauses(schedule, client, clock, 1)
+    clock.now += seconds
+    schedule.count_missed()
+    assert run_totals(environment).due == 1 + missed
+    assert count_late(environment) == missed
+
+
+def test_what_fell_due_without_a_connection_is_not_missed_when_its_user_ends(
+    environment: Environment, clock: Clock
+) -> None:
+    client = Client()
+    schedule = schedule_of(5, client)
+    clock.now += schedule.first_pause()
+    clock.now += 10
+    client.connected_since = None
+    schedule.count_missed()
+    assert run_totals(environment).due == 0
+
+
+def test_a_task_that_is_under_way_when_its_user_ends_was_due_and_started(
+    environment: Environment, clock: Clock
+) -> None:
+    client = Client()
+    schedule = schedule_of(5, client)
+    clock.now += schedule.first_pause()
+    client.first_send_at = clock.now
+    schedule.count_missed()
+    assert run_totals(environment).due == 1
+    assert count_late(environment) == 0
+
+
 def test_while_there_is_no_connection_a_task_begins_once_an_interval(
     environment: Environment, clock: Clock
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,6 @@ import pytest
 from certificates import secure, server_context
 from programs import STANDALONE, Program
 from servers import Answers, Handler, Server, after, echo, greets, says, silent
-
-Take = Callable[[str], Program]
 
 TIMEOUT = "--chat-timeout=3"
 
@@ -46,6 +44,11 @@ def echo_stripped(connection: socket.socket) -> None:
         connection.sendall(b"you said " + data.strip())
 
 
+def in_korean(line: bytes) -> bytes:
+    """Answer with the text, as a server does that knows CP949 alone."""
+    return line.decode("cp949", "replace").encode("cp949", "replace") + b"\n"
+
+
 CASES = {
     "lines without the tag": Case(
         Answers(lambda line: b"* somebody: hi\n"), r"what came instead: '* somebody: hi\n'", "any"
@@ -53,6 +56,7 @@ CASES = {
     "the tag with other text": Case(
         Answers(lambda line: line.replace(b"] ", b"] *** ") + b"\n"), "] *** ", "tag"
     ),
+    "another encoding": Case(Answers(in_korean), "what came instead: '[", "encoding"),
     "a cut message": Case(Answers(lambda line: line[:40] + b"\n"), "what came instead: '[", "tag"),
     "no line end": Case(echo_stripped, "what came instead: 'you said [", "raw"),
     "HTTP": Case(after(1, says(HTTP)), "'HTTP/1.1 400 Bad Request", "HTTP"),
@@ -99,7 +103,8 @@ def runs(tls_server: Server) -> Iterator[dict[str, Program]]:
     programs = {
         name: Program(*STANDALONE, server.address, TIMEOUT) for name, server in servers.items()
     }
-    gevent.joinall([gevent.spawn(each.prints, "hint: ") for each in programs.values()])
+    waiting = [gevent.spawn(each.prints, "hint: ") for each in programs.values()]
+    gevent.joinall(waiting)
     yield programs
     for program in programs.values():
         program.kill()
@@ -110,10 +115,11 @@ def runs(tls_server: Server) -> Iterator[dict[str, Program]]:
 def hint_of(run: Program) -> str:
     """Return the first hint of a run: it is one line, behind what came instead."""
     lines = run.output.splitlines()
-    number = next(n for n, line in enumerate(lines) if line.startswith("  hint: "))
+    hints = [line for line in lines if line.startswith("  hint: ")]
+    number = lines.index(hints[0])
     assert "came instead" in lines[number - 1]
     assert "failed after" in lines[number - 2]
-    return lines[number].removeprefix("  hint: ")
+    return hints[0].removeprefix("  hint: ")
 
 
 def options_in(hint: str) -> list[str]:
@@ -131,6 +137,7 @@ def test_where_no_echo_comes_it_says_what_came_instead_with_a_hint(
     options = {
         "any": ["--chat-echo=any"],
         "tag": ["--chat-echo=tag"],
+        "encoding": ["--chat-encoding=cp949"],
         "raw": ["--chat-framing=raw", "--chat-echo=tag"],
     }
     assert options_in(hint) == options.get(case.hint, [])
@@ -145,13 +152,21 @@ def test_what_came_is_escaped_and_cut(runs: dict[str, Program]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lines without the tag", "the tag with other text", "a cut message", "no line end"]
+    "name",
+    [
+        "lines without the tag",
+        "the tag with other text",
+        "another encoding",
+        "a cut message",
+        "no line end",
+    ],
 )
 def test_the_hint_taken_works(runs: dict[str, Program], name: str) -> None:
-    target, hint = runs[name].output.splitlines()[0], hint_of(runs[name])
-    address = re.search(r"\d+\.\d+\.\d+\.\d+:\d+", target)
+    run = runs[name]
+    address = re.search(r"\d+\.\d+\.\d+\.\d+:\d+", run.output)
     assert address is not None
-    again = Program(*STANDALONE, address[0], "--chat-timeout=60", *options_in(hint))
+    hinted = options_in(hint_of(run))
+    again = Program(*STANDALONE, address[0], "--chat-timeout=60", *hinted)
     assert again.ends() == 0
     assert "5 of 5 messages came back" in again.output
     assert "hint" not in again.output
@@ -162,9 +177,19 @@ def test_a_tls_server_is_named_and_its_hint_works(
 ) -> None:
     hint = hint_of(runs["TLS"])
     assert options_in(hint) == [f"--host=tls://{tls_server.address}"]
-    again = Program(*STANDALONE, *options_in(hint), SSL_CERT_FILE=str(certificates / "ca.pem"))
+    authority = str(certificates / "ca.pem")
+    again = Program(*STANDALONE, *options_in(hint), SSL_CERT_FILE=authority)
     assert again.ends() == 0
     assert "5 of 5 messages came back" in again.output
+
+
+def test_where_other_messages_came_back_the_hint_is_that_some_texts_are_refused() -> None:
+    server = Server(Answers(lambda line: line[:99] + b"\n" if len(line) < 99 else b"Too long!\n"))
+    run = Program(*STANDALONE, server.address, "--chat-timeout=1")
+    assert run.ends() == 1
+    assert "what came instead: 'Too long!" in run.output
+    assert hint_of(run).startswith("others came back: the server may refuse some texts, see docs/")
+    server.stop()
 
 
 def test_a_greeting_is_no_fault_where_the_echoes_come() -> None:
