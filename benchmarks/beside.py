@@ -13,18 +13,23 @@ MISSING = "not on this machine"
 DISTURBED = 0.2  # of a processor: a window in which other processes took more is named
 
 
+def figure(windows: Sequence[Look], name: str, form: str) -> str:
+    """Return a figure of some windows, by its name."""
+    return figure_of(each(windows, name), form)
+
+
 def describe(windows: Sequence[Look]) -> str:
     """Return messages a second and processor time a message."""
-    rates = each(windows, "rate")
-    costs = each(windows, "cost")
-    return f"{figure_of(rates, '{:,.0f}/s')} at {figure_of(costs, '{:.1f} µs')}"
+    rate = figure(windows, "rate", "{:,.0f}/s")
+    cost = figure(windows, "cost", "{:.1f} µs")
+    return f"{rate} at {cost}"
 
 
 def busy(windows: Sequence[Look]) -> str:
     """Return how busy generator and server were."""
-    own = each(windows, "busy")
-    server = each(windows, "server_busy")
-    return f"generator {figure_of(own, '{:.0%}')} busy, server {figure_of(server, '{:.0%}')}"
+    own = figure(windows, "busy", "{:.0%}")
+    server = figure(windows, "server_busy", "{:.0%}")
+    return f"generator {own} busy, server {server}"
 
 
 def others(windows: Sequence[Look]) -> str:

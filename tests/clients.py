@@ -1,10 +1,13 @@
-"""Clients for the tests: hooks out of functions, and what the fixture ``connect`` returns."""
+"""Clients for the tests: their hooks, what their calls return, and several calls at once."""
 
 from __future__ import annotations
 
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gevent
 
 from locustfile import ChatHooks, TCPSocketClient
 
@@ -21,3 +24,29 @@ def hooks_with(**overrides: object) -> ChatHooks:
     for name, override in overrides.items():
         setattr(hooks, name, override)
     return hooks
+
+
+class Inbox(list[bytes]):
+    """What ``on_message`` got, where it is the method ``take``."""
+
+    def take(self, payload: bytes, arrived: float) -> None:
+        """Keep a message."""
+        self.append(payload)
+
+
+def text_of(message: object) -> str:
+    """Return the text of a message or of its echo, without its tag and what stands before it."""
+    text = message.decode() if isinstance(message, bytes) else str(message)
+    return text.partition("] ")[2]
+
+
+def results(greenlets: Iterable[gevent.Greenlet]) -> list[object]:
+    """Wait for greenlets; return what each has returned."""
+    waiting = list(greenlets)
+    gevent.joinall(waiting, timeout=60)
+    return [greenlet.value for greenlet in waiting]
+
+
+def at_once(function: Callable[[Any], object], arguments: Iterable[object]) -> list[object]:
+    """Call a function with each argument, all at the same time; return what each call returned."""
+    return results(gevent.spawn(function, argument) for argument in arguments)

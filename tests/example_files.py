@@ -6,27 +6,41 @@ import locust  # isort: skip  # noqa: F401  # replaces blocking calls with geven
 
 import inspect
 import re
+import shutil
 import ssl
 import types
 from pathlib import Path
 
 from certificates import context_that_trusts
 from clients import Connect
-from programs import PATH, ROOT, Program, Start
+from programs import (
+    PATH,
+    ROOT,
+    Program,
+    Start,
+    content_of,
+    documented_commands,
+)
 
 from locustfile import TCPChatUser, TCPSocketClient
 
 FOLDER = ROOT / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 LOGIN_ROWS = {"connect", "send_chat", "login", "echo_response"}
-HOOKS_OF_EXAMPLES = ("on_connect", "compose", "expected", "is_refusal", "on_message")
+HOOKS_OF_EXAMPLES = (
+    "on_connect",
+    "compose",
+    "expected",
+    "is_refusal",
+    "on_message",
+)
 
 Change = tuple[str, str]
 
 
 def source_of(name: str, *changes: Change) -> str:
     """Return the text of an example after changes, each of which replaces a text in it."""
-    source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    source = content_of(FOLDER / f"{name}.py")
     for old, new in changes:
         assert source.count(old) == 1, old
         source = source.replace(old, new)
@@ -36,7 +50,8 @@ def source_of(name: str, *changes: Change) -> str:
 def changed(name: str, *changes: Change) -> types.ModuleType:
     """Return an example as a module, after changes that its first lines describe."""
     module = types.ModuleType(name)
-    exec(source_of(name, *changes), vars(module))
+    source = source_of(name, *changes)
+    exec(source, vars(module))
     return module
 
 
@@ -51,7 +66,8 @@ def users_in(module: types.ModuleType) -> list[type[TCPChatUser]]:
 
 def user_of(name: str, *changes: Change) -> type[TCPChatUser]:
     """Return the one user class of an example, after changes."""
-    (user_class,) = users_in(changed(name, *changes))
+    module = changed(name, *changes)
+    (user_class,) = users_in(module)
     return user_class
 
 
@@ -63,7 +79,12 @@ def client_of(
     hooks = {name: getattr(user, name) for name in HOOKS_OF_EXAMPLES}
     if "tls_context" in vars(user_class):
         hooks["tls_context"] = user.tls_context
-    keywords = {"framing": user.framing, "echo": user.echo, "encoding": user.encoding, **settings}
+    keywords = {
+        "framing": user.framing,
+        "echo": user.echo,
+        "encoding": user.encoding,
+        **settings,
+    }
     user.client = connect(port, **hooks, **keywords)
     return user.client
 
@@ -74,30 +95,55 @@ def trusting_class(user_class: type[TCPChatUser], authority: Path) -> type[TCPCh
     def tls_context() -> ssl.SSLContext:
         return context_that_trusts(authority)
 
-    return type(user_class.__name__, (user_class,), {"tls_context": staticmethod(tls_context)})
+    name = user_class.__name__
+    attributes = {"tls_context": staticmethod(tls_context)}
+    return type(name, (user_class,), attributes)
 
 
 def documented_command(name: str) -> str:
     """Return the command in the first lines of an example, in one line."""
-    documentation = changed(name).__doc__ or ""
-    indented = re.search(r"^    (locust (?:.*\\\n)*.*)", documentation, re.MULTILINE)
-    assert indented is not None
-    return re.sub(r"\\\n\s*", "", indented[1])
+    module = changed(name)
+    (command,) = documented_commands(module.__doc__)
+    return command
 
 
 def command_with(name: str, port: int, users: int) -> str:
     """Return the documented command for these users of a server; the test ends the run."""
     command = documented_command(name)
-    values = {"host": f"127.0.0.1:{port}", "users": str(users), "spawn-rate": str(users)}
-    for option, value in {**values, "run-time": "4m"}.items():
-        command, found = re.subn(rf"--{option}=\S+", f"--{option}={value}", command)
+    values = {
+        "--host": f"127.0.0.1:{port}",
+        "--users": users,
+        "--spawn-rate": users,
+        "--run-time": "4m",
+    }
+    for option, value in values.items():
+        command, found = re.subn(rf"{option}=\S+", f"{option}={value}", command)
         assert found == 1
     return command
 
 
+def copied(command: str, folder: Path) -> str:
+    """Copy the core and the files of a command into a folder; return the command for that one."""
+    shutil.copy(ROOT / "locustfile.py", folder)
+    for path in re.findall(r"\w+/\w+\.py", command):
+        shutil.copy(ROOT / path, folder)
+    return re.sub(r"\w+/(\w+\.py)", r"\1", command)
+
+
 def run_command(
-    start: Start, command: str, folder: Path = ROOT, wait: str = "0.1", **variables: str
+    start: Start,
+    command: str,
+    folder: Path = ROOT,
+    wait: str = "0.1",
+    **variables: str,
 ) -> Program:
     """Start a command of an example in a shell."""
-    shell = ("bash", "-euo", "pipefail", "-c", f"exec {command}")
-    return start(*shell, cwd=folder, PATH=PATH, CHAT_WAIT=wait, **variables)
+    shell = ("bash", "-euo", "pipefail", "-c")
+    return start(
+        *shell,
+        f"exec {command}",
+        cwd=folder,
+        PATH=PATH,
+        CHAT_WAIT=wait,
+        **variables,
+    )

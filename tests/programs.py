@@ -1,4 +1,7 @@
-"""Programs that run beside a test: the ``locust`` command, real servers, and what they print."""
+"""Programs that run beside a test: the ``locust`` command, real servers, and what they print.
+
+And what documents say of them: their commands and sections.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gevent
 import gevent.os
 import pytest
-from servers import free_port
+from servers import Answers, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCUST = (Path(sys.executable).with_name("locust"),)
@@ -43,6 +46,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         gevent.sleep(0.01)
 
 
+def wait_for_lines(chat: Answers, count: int) -> None:
+    """Return as soon as a server has received so many lines."""
+    wait_until(lambda: len(chat.received) >= count)
+
+
 def program(name: str) -> str:
     """Return where a program of the operating system is; skip the test where it is missing."""
     path = shutil.which(name)
@@ -56,6 +64,38 @@ def environment_variables(**variables: str) -> dict[str, str]:
     ours = ("LOCUST_", "CHAT_", "TCP_PORT", "CAPACITY_")
     kept = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
     return {**kept, "PYTHONUNBUFFERED": "1", **variables}
+
+
+def content_of(path: str | Path) -> str:
+    """Return what is in a file of the project, by its path in it."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def documented_commands(docstring: str | None) -> list[str]:
+    """Return the commands of ``locust`` that stand in a docstring, each in one line."""
+    joined = re.sub(r"\\\n\s*", "", docstring or "")
+    return re.findall(r"^    (locust .*)", joined, re.MULTILINE)
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    """Return the blocks of code in a document that are marked with a language."""
+    block = rf"^```{language}\n(.*?)^```"
+    return re.findall(block, document, re.MULTILINE | re.DOTALL)
+
+
+def section_of(document: str, heading: str) -> str:
+    """Return what stands in a document below a heading of the second level."""
+    _, found, rest = document.partition(f"\n## {heading}\n")
+    assert found, f"there is no section {heading!r}"
+    section, _, _ = rest.partition("\n## ")
+    return section
+
+
+def the_one_with(word: str, texts: Iterable[str]) -> str:
+    """Return the one text that has this word in it."""
+    found = [text for text in texts if word in text]
+    assert len(found) == 1, f"{len(found)} texts have {word!r} in them"
+    return found[0]
 
 
 class Counts(NamedTuple):
@@ -73,7 +113,8 @@ class Counts(NamedTuple):
 def counts_in(text: str) -> dict[str, Counts]:
     """Return the counts of each row by its name; the last ones where a row stands there again."""
     counts = {}
-    for name, requests, failures in re.findall(r"^TCP +(\w+) +(\d+) +(\d+)\(", text, re.MULTILINE):
+    row = re.compile(r"^TCP +(\w+) +(\d+) +(\d+)\(", re.MULTILINE)
+    for name, requests, failures in row.findall(text):
         counts[name] = Counts(int(requests), int(failures))
     return counts
 
@@ -220,7 +261,8 @@ def narrow_network(*command: str) -> list[str]:
     if subprocess.run([unshare, "--net", "true"], capture_output=True).returncode != 0:
         pytest.skip("this machine lets nobody have a network of his own")
     ports = "echo 40000 40019 > /proc/sys/net/ipv4/ip_local_port_range"
-    return [unshare, "--net", "sh", "-c", f'{ip} link set lo up; {ports}; exec "$@"', "-", *command]
+    script = f'{ip} link set lo up; {ports}; exec "$@"'
+    return [unshare, "--net", "sh", "-c", script, "-", *command]
 
 
 class WebUI:
@@ -247,7 +289,8 @@ class WebUI:
 
     def has_echoes(self) -> bool:
         """Return whether the statistics have a row ``echo_response``."""
-        return any(row["name"] == "echo_response" for row in self.statistics().get("stats", ()))
+        rows = self.statistics().get("stats", ())
+        return any(row["name"] == "echo_response" for row in rows)
 
     def _asked(self, path: str, data: bytes | None = None) -> dict[str, Any]:
         try:

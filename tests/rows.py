@@ -1,4 +1,4 @@
-"""The request events that a test has seen, and runs of users within a test."""
+"""The request events that a test has seen, runs of users within a test, and how a run ends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from locust import User
 from locust.env import Environment
 from locust.event import Events
 from locust.stats import StatsEntry
+from programs import Program
 
 import locustfile
 
@@ -23,6 +24,22 @@ class Rows(list[dict[str, Any]]):
     def named(self, name: str) -> list[dict[str, Any]]:
         """Return the events of that name."""
         return [row for row in self if row["name"] == name]
+
+    def names(self) -> list[str]:
+        """Return the names of the events, in their order."""
+        return [row["name"] for row in self]
+
+    def times(self, name: str) -> list[float]:
+        """Return how long each event of that name took, in milliseconds."""
+        return [row["response_time"] for row in self.named(name)]
+
+    def failures(self) -> list[str]:
+        """Return the failures in their order, as ``name: ExceptionType``."""
+        return [outcome(row) for row in self if row["exception"] is not None]
+
+    def error_texts(self) -> set[str]:
+        """Return the texts of the failures, each once, as Locust counts them."""
+        return {repr(row["exception"]) for row in self if row["exception"] is not None}
 
     def counts(self) -> Counter[str]:
         """Count the events: a name for each success, ``name: ExceptionType`` for each failure."""
@@ -101,3 +118,10 @@ class Run:
 
 
 RunUsers = Callable[..., Run]  # what the fixture ``run_users`` returns
+
+
+def last_line(running: Program) -> str:
+    """Return the last line of a run, after Locust's tables and the line of the core."""
+    tables, _, rest = running.output.rpartition("\nchat: ")
+    assert "Response time percentiles" in tables
+    return rest.splitlines()[-1]

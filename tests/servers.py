@@ -25,10 +25,36 @@ def lines(connection: socket.socket) -> Iterator[bytes]:
         yield from complete
 
 
+def port_of(listener: socket.socket) -> int:
+    """Return the port that a socket listens on."""
+    return int(listener.getsockname()[1])
+
+
 def free_port() -> int:
     """Return a port on 127.0.0.1 that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return port_of(listener)
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """Return which of the two families of IP an address is of."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+@contextlib.contextmanager
+def black_hole(address: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """Listen with a full queue, so that the kernel drops who wants to connect; give the port."""
+    family = family_of(address)
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket(family))
+        listener.bind((address, port))
+        listener.listen(0)
+        for _ in range(8):
+            waiting = sockets.enter_context(socket.socket(family))
+            waiting.setblocking(False)
+            waiting.connect_ex((address, port_of(listener)))
+        gevent.sleep(0.1)
+        yield port_of(listener)
 
 
 class Server:
@@ -208,6 +234,12 @@ def silent(connection: socket.socket) -> None:
 def deaf(connection: socket.socket) -> None:
     """Neither read nor answer, until the test ends."""
     gevent.sleep(600)
+
+
+def send_garbage(connection: socket.socket) -> None:
+    """Say what is no TLS, with what must not get into an error text; then read all that comes."""
+    connection.sendall(b"\x1b[31mHTTP/1.1 400 Bad Request secret\r\n\r\n")
+    silent(connection)
 
 
 def reset(connection: socket.socket) -> None:

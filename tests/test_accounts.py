@@ -68,8 +68,9 @@ class Members:
         try:
             for line in lines(connection):
                 if line.startswith(b"/login "):
-                    names.append(line.decode())
-                    self.log_in(line.decode())
+                    login = line.decode()
+                    names.append(login)
+                    self.log_in(login)
                     connection.sendall(b"Welcome\n")
                 else:
                     connection.sendall(line + b"\n")
@@ -93,7 +94,8 @@ class Member(accounts.WithAccount, locustfile.ChatClient):
     wait_time = locust.constant(0.1)
 
     def on_connect(self) -> None:
-        self.client.send_chat(f"/login {self.account['name']}", echo=b"Welcome".__eq__)
+        name = self.account["name"]
+        self.client.send_chat(f"/login {name}", echo=b"Welcome".__eq__)
 
 
 @pytest.fixture
@@ -119,9 +121,14 @@ def run_members(run_users: RunUsers, serve: Serve, csv_file: Write) -> RunMember
         users: int,
         chat_timeout: str = "60",
     ) -> Run:
-        path = csv_file("name\n" + "".join(f"user{number}\n" for number in range(rows)))
-        options = {"chat_timeout": chat_timeout, "chat_accounts": path}
-        run = run_users(user_class, serve(handler).address, users, **options)
+        names = "".join(f"user{number}\n" for number in range(rows))
+        run = run_users(
+            user_class,
+            serve(handler).address,
+            users,
+            chat_timeout=chat_timeout,
+            chat_accounts=csv_file(f"name\n{names}"),
+        )
         accounts.prepare(run.environment)
         return run
 
@@ -182,21 +189,22 @@ def test_a_run_without_its_file_ends_with_one_line_before_any_user_starts(
     arguments: str, exit_code: int, text: str, start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "member.py").write_text(documented("member.py"))
-    files = (
-        "-f",
-        f"{FILES},{tmp_path / 'member.py'}",
-        "Member",
-        "--headless",
-        "--host=127.0.0.1:1",
+    run = start(
+        *QUICK_LOCUST,
+        *("-f", f"{FILES},{tmp_path / 'member.py'}", "Member"),
+        *("--headless", "--host=127.0.0.1:1"),
+        *arguments.split(),
+        *bus_options(),
     )
-    run = start(*QUICK_LOCUST, *files, *arguments.split(), *bus_options())
     assert run.ends() == exit_code
-    said = [line for line in run.output.splitlines() if "INFO" not in line]
-    assert len(said) == 1 and said[0].startswith("locust: error: ") and said[0].endswith(text)
+    (said,) = (line for line in run.output.splitlines() if "INFO" not in line)
+    assert said.startswith("locust: error: ")
+    assert said.endswith(text)
 
 
 def test_without_a_user_class_that_needs_accounts_no_file_is_needed(run_users: RunUsers) -> None:
-    accounts.prepare(run_users(locustfile.ChatClient, "127.0.0.1:1").environment)
+    run = run_users(locustfile.ChatClient, "127.0.0.1:1")
+    accounts.prepare(run.environment)
 
 
 @pytest.mark.together
@@ -273,24 +281,29 @@ def test_a_user_that_stops_while_it_waits_takes_no_account(run_members: RunMembe
 
 
 def test_the_greenlets_of_a_user_have_one_account_or_are_stopped(run_members: RunMembers) -> None:
-    found: list[set[object]] = []
+    taken: list[dict[str, str]] = []
+    errors: list[BaseException | None] = []
 
     class OwnStart(Member):
         def on_start(self) -> None:
             readers = [gevent.spawn(lambda: self.account) for _ in range(3)]
             gevent.joinall(readers)
-            found.append(
-                {
-                    id(reader.value) if reader.successful() else type(reader.exception)
-                    for reader in readers
-                }
-            )
-            found.append({id(self.account)})
+            for reader in readers:
+                if reader.successful():
+                    taken.append(reader.value)
+                else:
+                    errors.append(reader.exception)
+            taken.append(self.account)
 
     members = Members()
     run = run_members(OwnStart, members, rows=1, users=2, chat_timeout="1")
-    wait_until(lambda: members.present and run.runner.user_count == 1)
-    assert len(found) == 3 and found[0] == found[1] and found[2] == {StopUser}
+    wait_until(lambda: members.present)
+    wait_until(lambda: run.runner.user_count == 1)
+    first, *others = taken
+    assert len(others) == 3
+    for account in others:
+        assert account is first
+    assert [type(error) for error in errors] == [StopUser, StopUser, StopUser]
     assert not run.runner.exceptions
 
 
@@ -306,12 +319,13 @@ def test_users_without_an_account_stop_without_an_error_and_the_others_go_on(
     user_class = Member if calls_super else OwnStart
     run = run_members(user_class, members, rows=2, users=5, chat_timeout="1")
     wait_until(lambda: run.runner.user_count == 2)
-    assert len(members.present) == len(members.logins) == 2
+    assert len(members.present) == 2
+    assert len(members.logins) == 2
     assert run.count("connect") == (2 if calls_super else 5)
     assert not run.runner.exceptions
-    warnings = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
-    assert len(warnings) == 1
-    assert re.search(r"all rows of .* are in use \(2\), and users wait for one \(3\)", warnings[0])
+    (warning,) = (record for record in caplog.records if record.levelno > logging.INFO)
+    said = r"all rows of .* are in use \(2\), and users wait for one \(3\)"
+    assert re.search(said, warning.getMessage())
 
 
 @pytest.mark.parametrize("is_interrupted", [True, False])
@@ -329,7 +343,8 @@ def test_users_that_the_end_of_a_run_finds_waiting_fail_it(
     run.runner.quit()
     run.environment.events.quit.fire(exit_code=1)
     assert run.environment.process_exit_code == 1
-    assert re.fullmatch(TOO_FEW.format(rows=1, users=1) + "\n", capfd.readouterr().err)
+    said = TOO_FEW.format(rows=1, users=1)
+    assert re.fullmatch(f"{said}\n", capfd.readouterr().err)
 
 
 def test_at_the_start_of_a_run_all_accounts_are_free(run_members: RunMembers) -> None:
@@ -356,13 +371,19 @@ def test_the_documented_files_and_command(start: Start, serve: Serve, tmp_path: 
     members = Members()
     command = DOCUMENTATION.split("\n\n")[1].replace("\\\n", "")
     command = re.sub(r"member\.py|members\.csv", rf"{tmp_path}/\g<0>", command)
-    given = shlex.split(command)[1:]
-    host = f"--host={serve(members).address}"
-    run = start(*QUICK_LOCUST, *given, host, "--users=2", "--processes=2", *bus_options())
+    _, *given = shlex.split(command)
+    run = start(
+        *QUICK_LOCUST,
+        *given,
+        f"--host={serve(members).address}",
+        *("--users=2", "--processes=2"),
+        *bus_options(),
+    )
     wait_until(lambda: len(members.logins) == 2)
     assert run.stop() == 0
     assert sorted(members.logins) == ["/login anna hush", "/login ben quiet, please"]
-    assert quiet(run.output) and "accounts: " not in run.output
+    assert quiet(run.output)
+    assert "accounts: " not in run.output
 
 
 def member_files(folder: Path, *more_files: str) -> tuple[str, ...]:
@@ -380,19 +401,26 @@ def test_too_few_accounts_for_two_processes_fail_the_run_with_one_line_at_its_en
 ) -> None:
     members = Members()
     server = serve(members)
-    options = "--headless --processes=2 --users=7 --spawn-rate=7 --chat-timeout=1 --run-time=4"
-    host = f"--host={server.address}"
-    run = start(*QUICK_LOCUST, *member_files(tmp_path), *options.split(), host, *bus_options())
+    run = start(
+        *QUICK_LOCUST,
+        *member_files(tmp_path),
+        f"--host={server.address}",
+        *("--headless", "--users=7", "--spawn-rate=7", "--run-time=4"),
+        *("--processes=2", "--chat-timeout=1"),
+        *bus_options(),
+    )
     assert run.ends() == 1
-    assert server.opened == len(set(members.logins)) == len(members.logins) == 4
+    assert server.opened == 4
+    assert len(members.logins) == len(set(members.logins)) == 4
     assert rows_of(run.output)["connect"] == (4, 0)
     assert "Traceback" not in run.output
     assert run.output.count("WARNING") == 1
     assert "are in use (4), and users wait for one (" in run.output
-    said = [line for line in run.output.splitlines() if line.startswith("accounts: ")]
-    assert len(said) == 1 and re.fullmatch(TOO_FEW.format(rows=4, users=3), said[0])
-    ends = [run.output.index(f"\n{text}") for text in ("Response time perc", "chat: ", said[0])]
-    assert ends == sorted(ends)
+    tables, _, after_the_tables = run.output.partition("\nResponse time percentiles")
+    assert "\naccounts: " not in tables
+    chat, _, said = after_the_tables.partition("\naccounts: ")
+    assert "\nchat: " in chat
+    assert re.fullmatch(TOO_FEW.format(rows=4, users=3), f"accounts: {said.rstrip()}")
 
 
 @pytest.mark.together
@@ -401,18 +429,23 @@ def test_each_run_in_the_web_ui_has_all_accounts_and_its_form_no_file(
 ) -> None:
     members = Members()
     web_ui = WebUI()
-    host = f"--host={serve(members).address}"
     running = start(
-        *QUICK_LOCUST, *member_files(tmp_path), host, "--chat-timeout=1", *web_ui.options
+        *QUICK_LOCUST,
+        *member_files(tmp_path),
+        f"--host={serve(members).address}",
+        "--chat-timeout=1",
+        *web_ui.options,
     )
     web_ui.swarm(user_count="5")
     running.prints("are in use (4), and users wait for one (1)")
     web_ui.stop()
     with urllib.request.urlopen(web_ui.address) as page:
         form = page.read().decode()
-    assert "chat_timeout" in form and "chat_accounts" not in form
+    assert "chat_timeout" in form
+    assert "chat_accounts" not in form
     web_ui.swarm(user_count="4")
-    wait_until(lambda: len(members.logins) == 8 and len(members.present) == 4)
+    wait_until(lambda: len(members.logins) == 8)
+    wait_until(lambda: len(members.present) == 4)
     assert running.stop() == 0
     assert not members.shared
     assert "too few" not in running.output  # said of the last run, as the exit code
@@ -425,23 +458,29 @@ def test_a_lost_workers_accounts_go_to_others_and_its_users_stop_should_it_retur
     members = Members()
     server = serve(members)
     bus = bus_options()
-    options = "--headless --master --expect-workers=2 --enable-rebalancing --users=4 --spawn-rate=9"
-    host = f"--host={server.address}"
-    files = member_files(tmp_path, "tests/locustfiles/quick_heartbeat.py")
-    master = start(*QUICK_LOCUST, *files, *options.split(), host, *bus)
-    frozen, killed = (
-        start(*QUICK_LOCUST, "-f", "-", "--worker", *bus, cwd=tmp_path) for _ in range(2)
+    master = start(
+        *QUICK_LOCUST,
+        *member_files(tmp_path, "tests/locustfiles/quick_heartbeat.py"),
+        f"--host={server.address}",
+        *("--headless", "--users=4", "--spawn-rate=9"),
+        *("--master", "--expect-workers=2", "--enable-rebalancing", *bus),
     )
+    worker = (*QUICK_LOCUST, "-f", "-", "--worker", *bus)
+    frozen = start(*worker, cwd=tmp_path)
+    killed = start(*worker, cwd=tmp_path)
     wait_until(lambda: len(members.logins) == 4)
 
     frozen.process.send_signal(signal.SIGSTOP)
     wait_until(lambda: len(members.logins) == 6)
-    assert len(members.shared) == 2 and server.open == 6
+    assert len(members.shared) == 2
+    assert server.open == 6
     frozen.process.send_signal(signal.SIGCONT)
     wait_until(lambda: server.open == 4)
 
     killed.process.send_signal(signal.SIGKILL)
-    wait_until(lambda: len(members.logins) == 10 and len(members.present) == server.open == 4)
+    wait_until(lambda: len(members.logins) == 10)
+    wait_until(lambda: len(members.present) == server.open == 4)
     assert len(members.shared) == 2
-    assert master.stop() == frozen.ends() == 0
+    assert master.stop() == 0
+    assert frozen.ends() == 0
     assert "accounts: " not in master.output

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import LOCUST, PATH, ROOT, Start, program
+from programs import LOCUST, PATH, ROOT, Start, program, the_one_with
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux",
@@ -28,12 +28,6 @@ NAMES = re.findall(
     README,
     re.MULTILINE,
 )
-
-
-def command_with(word: str) -> str:
-    """Return the one command of the README that has this word in it."""
-    (command,) = [command for command in COMMANDS if word in command]
-    return command
 
 
 def run(start: Start, command: str) -> tuple[int, str]:
@@ -68,14 +62,15 @@ def test_each_comparison_of_the_readme_and_no_other_can_be_asked_for(start: Star
 
 @pytest.mark.together
 def test_figures_of_a_trial_are_not_written(start: Start) -> None:
-    code, output = run(start, f"{command_with('--write')} --quick")
+    command = the_one_with("--write", COMMANDS)
+    code, output = run(start, f"{command} --quick")
     assert code == 2
     assert "leave out --write" in output
 
 
 @pytest.mark.together
 def test_comparisons_print_their_rows(start: Start) -> None:
-    command = command_with("--only paused delivery")
+    command = the_one_with("--only paused delivery", COMMANDS)
     code, output = run(start, f"{command} look_up --quick")
     assert code == 0, output
     failed, longest = rows_of("paused", output)
@@ -104,8 +99,9 @@ def test_what_a_missing_program_stands_in_the_way_of_says_what_to_install(
 
 
 @pytest.mark.together
-@pytest.mark.parametrize("way", ["", "--tls", "--rate=20"])
-def test_two_versions_are_compared_in_one_process(way: str, start: Start) -> None:
+@pytest.mark.parametrize("way", ["--tls", "--rate=20"])
+def test_two_versions_are_compared_over_tls_and_in_open_loop(way: str, start: Start) -> None:
+    """As they stand, in ``test_design_doc.py``."""
     program("openssl")
     files = "locustfile.py locustfile.py"
     command = f"python benchmarks/pairs.py {files} --users=5 --slices=2 {way}"

@@ -20,7 +20,7 @@ from plain_servers import ServerProcess, read_slowly
 from plain_servers import echo as echo_apart
 from programs import Start, narrow_network, wait_until
 from rows import Rows
-from servers import Serve, echo, free_port
+from servers import Serve, black_hole, echo, family_of, free_port
 
 import locustfile
 from locustfile import Address, parse_address
@@ -53,10 +53,6 @@ class Names:
         ]
 
 
-def family_of(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
     names = Names()
@@ -65,21 +61,10 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 
 @pytest.fixture
-def black_hole() -> Iterator[Callable[[str, int], None]]:
-    """Return a function that lets an address accept nothing: its queue is full."""
-    with ExitStack() as stack:
-
-        def make(address: str, port: int) -> None:
-            listener = stack.enter_context(socket.socket(family_of(address)))
-            listener.bind((address, port))
-            listener.listen(0)
-            for _ in range(4):
-                waiting = stack.enter_context(socket.socket(family_of(address)))
-                waiting.setblocking(False)
-                waiting.connect_ex((address, port))
-            gevent.sleep(0.05)
-
-        yield make
+def accept_nothing() -> Iterator[Callable[[str, int], int]]:
+    """Return a function that lets an address accept nothing, until the test ends."""
+    with ExitStack() as holes:
+        yield lambda address, port: holes.enter_context(black_hole(address, port))
 
 
 class Node(StreamServer):  # type: ignore[misc]
@@ -120,13 +105,13 @@ def test_addresses_share_the_time_so_that_dead_ones_do_not_use_it_up(
     connect: Connect,
     rows: Rows,
     names: Names,
-    black_hole: Callable[[str, int], None],
+    accept_nothing: Callable[[str, int], int],
     dead: int,
 ) -> None:
     port = serve(echo).port
     holes = [f"127.0.0.{number}" for number in range(20, 20 + dead)]
     for hole in holes:
-        black_hole(hole, port)
+        accept_nothing(hole, port)
     names.addresses["several.test"] = [*holes, "127.0.0.1"]
     client = connect(port, host="several.test", timeout=1.6)
     assert client.connect()
@@ -136,11 +121,11 @@ def test_addresses_share_the_time_so_that_dead_ones_do_not_use_it_up(
 
 @needs_loopback_addresses
 def test_where_all_addresses_are_dead_connecting_takes_the_time_out_once(
-    connect: Connect, rows: Rows, names: Names, black_hole: Callable[[str, int], None]
+    connect: Connect, rows: Rows, names: Names, accept_nothing: Callable[[str, int], int]
 ) -> None:
     port = free_port()
     for hole in ("127.0.0.20", "127.0.0.21"):
-        black_hole(hole, port)
+        accept_nothing(hole, port)
     names.addresses["dead.test"] = ["127.0.0.20", "127.0.0.21"]
     assert not connect(port, host="dead.test", timeout=0.5).connect()
     assert rows.counts() == {"connect: TimeoutError": 1}

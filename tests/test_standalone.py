@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import pytest
 from programs import STANDALONE, Start, wait_until
-from servers import Answers, Serve, echo, free_port, in_turn, silent, with_the_line
+from servers import (
+    Answers,
+    Serve,
+    echo,
+    free_port,
+    in_turn,
+    silent,
+    with_the_line,
+)
 
 Run = Callable[..., "Result"]
 
@@ -53,10 +61,11 @@ def test_five_messages_that_come_back_are_the_target_five_lines_a_summary_and_co
     assert result.code == 0
     target, *messages, summary = result.output.splitlines()
     assert target == f"connecting to {server.address}, framing line, echo full"
-    assert len(messages) == len(chat.received) == 5
-    for message, line in zip(messages, chat.received, strict=True):
-        assert re.fullmatch(rf" *{len(line)} bytes +[\d.]+ ms  '\[.*'", message)
-    assert max(map(len, chat.received)) > 512
+    assert len(messages) == 5
+    sizes = [len(line) for line in chat.received]
+    for message, size in zip(messages, sizes, strict=True):
+        assert re.fullmatch(rf" *{size} bytes +[\d.]+ ms  '\[.*'", message)
+    assert max(sizes) > 512
     assert re.fullmatch(r"5 of 5 messages came back, median [\d.]+ ms", summary)
 
 
@@ -79,14 +88,17 @@ def test_a_refused_connect_ends_it_at_once_with_code_1_and_without_a_traceback(r
 
 def test_the_port_may_stand_in_the_environment(run: Run, serve: Serve) -> None:
     server = serve(echo)
-    assert run(TCP_PORT=str(server.port)).code == 0
+    result = run(TCP_PORT=str(server.port))
+    assert result.code == 0
     assert server.opened == 1
 
 
 def test_a_port_in_the_command_wins_over_the_environment(run: Run, serve: Serve) -> None:
     server = serve(echo)
-    assert run(f"tcp://{server.address}", TCP_PORT="1").code == 0
-    assert run("127.0.0.1", str(server.port), TCP_PORT="1").code == 0
+    with_url = run(f"tcp://{server.address}", TCP_PORT="1")
+    with_port = run("127.0.0.1", str(server.port), TCP_PORT="1")
+    assert with_url.code == 0
+    assert with_port.code == 0
     assert server.opened == 2
 
 
@@ -95,33 +107,42 @@ def test_the_chat_options_apply_and_the_target_names_them(run: Run, serve: Serve
 
     def server(connection: socket.socket) -> None:
         while data := connection.recv(65536):
-            connection.sendall(len(data).to_bytes(4, "big") + data.upper())
+            length = len(data).to_bytes(4, "big")
+            connection.sendall(length + data.upper())
 
-    options = ("--chat-framing=>I", "--chat-echo=any", "--chat-timeout=60")
-    result = run(serve(server).address, *options)
+    result = run(
+        serve(server).address,
+        "--chat-framing=>I",
+        "--chat-echo=any",
+        "--chat-timeout=60",
+    )
     assert result.code == 0
     assert "HELLO, EVERYONE!" in result.output
     assert "framing >I, echo any" in result.output
 
 
 def test_where_no_echo_is_awaited_all_were_sent(run: Run, serve: Serve) -> None:
-    result = run(serve(silent).address, "--chat-echo=none")
+    server = serve(silent)
+    result = run(server.address, "--chat-echo=none")
     assert result.code == 0
     assert "5 of 5 messages sent" in result.output
 
 
 def test_bytes_from_the_server_are_escaped(run: Run, serve: Serve) -> None:
     hostile = b"\x1b[31mred\x07\x00\xff\xe2\x80\xae" + b"x" * 5000 + b"\n"
-    result = run(serve(Answers(in_turn(hostile))).address, "--chat-echo=any")
+    server = serve(Answers(in_turn(hostile)))
+    result = run(server.address, "--chat-echo=any")
     assert result.code == 0
     assert "\\x1b[31mred\\x07\\x00" in result.output
     assert "\\u202e" in result.output
     assert not set(result.output) & set("\x1b\x07\x00\u202e")
-    assert max(map(len, result.output.splitlines())) < 150
+    for line in result.output.splitlines():
+        assert len(line) < 150
 
 
 def test_a_terminal_without_unicode_is_no_obstacle(run: Run, serve: Serve) -> None:
-    result = run(serve(echo).address, PYTHONIOENCODING="ascii")
+    server = serve(echo)
+    result = run(server.address, PYTHONIOENCODING="ascii")
     assert result.code == 0
     assert "\\uc548\\ub155" in result.output
 

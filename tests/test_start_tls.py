@@ -13,11 +13,23 @@ from typing import Any
 import gevent
 import pytest
 from certificates import Context, secure, server_context
-from clients import Connect
+from clients import Connect, Inbox, text_of
 from gevent.event import Event
 from programs import wait_until
 from rows import Rows, RunUsers
-from servers import Handler, Serve, deaf, echo, lines, reset, silent, with_the_line
+from servers import (
+    Answers,
+    Handler,
+    Serve,
+    deaf,
+    echo,
+    hang_up,
+    lines,
+    reset,
+    send_garbage,
+    silent,
+    with_the_line,
+)
 
 from locustfile import TCPChatUser, TCPSocketClient
 
@@ -38,7 +50,12 @@ def agrees(
 
 def ask(client: TCPSocketClient) -> object:
     """Ask for TLS; return what the server says."""
-    return client.send_chat(b"STARTTLS", echo=lambda line: line in (b"OK", b"NO"))
+    return client.send_chat(b"STARTTLS", echo=is_answer)
+
+
+def is_answer(line: bytes) -> bool:
+    """Return whether the server has said yes or no."""
+    return line in (b"OK", b"NO")
 
 
 class Login:
@@ -54,8 +71,9 @@ class Login:
         if ask(self.client) != b"OK":
             raise PermissionError("no TLS")
         self._before()
-        self.returned.append(self.client.start_tls())
-        if not self.returned[-1]:
+        is_secure = self.client.start_tls()
+        self.returned.append(is_secure)
+        if not is_secure:
             raise PermissionError("TLS failed")
 
 
@@ -85,8 +103,10 @@ def test_messages_go_over_tls_after_the_servers_go_ahead(
     login = Login()
     server = serve(agrees(secure(echo, identity)))
     client = log_in(server.port, login, framing=framing)
-    assert str(client.send_chat("안녕하세요 👋")).endswith("안녕하세요 👋")
-    assert str(client.send_chat("x" * 100_000)).endswith("x" * 100_000)  # several records
+    several_records = "x" * 100_000
+    for text in ("안녕하세요 👋", several_records):
+        echoed = client.send_chat(text)
+        assert text_of(echoed) == text
     assert login.returned == [True]
     assert rows.counts() == {
         "connect": 1,
@@ -103,7 +123,8 @@ def test_messages_go_over_tls_after_the_servers_go_ahead(
 def test_it_may_begin_wherever_nothing_is_in_flight(
     serve: Serve, connect: Connect, rows: Rows, trusting: Context, identity: ssl.SSLContext
 ) -> None:
-    client = connect(serve(agrees(secure(echo, identity))).port, tls_context=trusting)
+    server = serve(agrees(secure(echo, identity)))
+    client = connect(server.port, tls_context=trusting)
     assert ask(client) == b"OK"
     assert client.start_tls()
     assert client.send_chat("hello") is not None
@@ -136,9 +157,10 @@ def test_what_the_server_says_together_with_the_end_of_the_handshake_is_handled(
     serve: Serve, log_in: LogIn, identity: ssl.SSLContext, version: Any
 ) -> None:
     identity.maximum_version = version
-    heard: list[bytes] = []
-    server = serve(agrees(shake_hands_and_say(b"welcome\nto the room\n", identity)))
-    client = log_in(server.port, Login(), on_message=lambda payload, arrived: heard.append(payload))
+    heard = Inbox()
+    greeting = shake_hands_and_say(b"welcome\nto the room\n", identity)
+    server = serve(agrees(greeting))
+    client = log_in(server.port, Login(), on_message=heard.take)
     assert client.connect()
     wait_until(lambda: heard == [b"welcome", b"to the room"])
 
@@ -147,15 +169,9 @@ def test_a_message_handed_over_during_the_handshake_goes_over_tls(
     serve: Serve, connect: Connect, rows: Rows, trusting: Context, identity: ssl.SSLContext
 ) -> None:
     go_on = Event()
-    received: list[bytes] = []
-
-    def server(connection: ssl.SSLSocket) -> None:
-        for line in lines(connection):
-            received.append(line)
-            connection.sendall(with_the_line(line))
-
-    handler = agrees(secure(server, identity), before=go_on.wait)
-    client = connect(serve(handler).port, timeout=600, tls_context=trusting)
+    answers = Answers(with_the_line)
+    server = serve(agrees(secure(answers, identity), before=go_on.wait))
+    client = connect(server.port, timeout=600, tls_context=trusting)
     assert ask(client) == b"OK"
     starting = gevent.spawn(client.start_tls)
     gevent.sleep(0)
@@ -164,14 +180,16 @@ def test_a_message_handed_over_during_the_handshake_goes_over_tls(
     go_on.set()
     assert starting.get(timeout=60)
     wait_until(lambda: rows.counts()["echo_response"] == 2)
-    assert [line.partition(b"] ")[2] for line in received] == [b"hello"]
+    (received,) = answers.received
+    assert text_of(received) == "hello"
 
 
 def test_every_connection_begins_without_tls_and_gets_its_own(
     serve: Serve, log_in: LogIn, rows: Rows, identity: ssl.SSLContext
 ) -> None:
     login = Login()
-    client = log_in(serve(agrees(secure(echo, identity))).port, login)
+    server = serve(agrees(secure(echo, identity)))
+    client = log_in(server.port, login)
     assert client.send_chat("hello") is not None
     client.close()
     assert client.send_chat("hello again") is not None
@@ -190,8 +208,8 @@ def test_the_trace_shows_what_was_sent_before_it_was_encrypted(
         tls_context = staticmethod(trusting)
 
         def on_connect(self) -> None:
-            if ask(self.client) != b"OK" or not self.client.start_tls():
-                raise PermissionError("no TLS")
+            assert ask(self.client) == b"OK"
+            assert self.client.start_tls()
             self.client.send_chat(b"PASS secret", echo="any")
 
     caplog.set_level(logging.INFO)
@@ -210,26 +228,19 @@ def test_the_trace_shows_what_was_sent_before_it_was_encrypted(
 # ----------------------------------------------------------------------------- it fails
 
 
-def send_garbage(connection: socket.socket) -> None:
-    connection.recv(100)
-    connection.sendall(b"\x1b[31mHTTP/1.1 400 Bad Request secret\r\n\r\n")
-    silent(connection)
+def in_the_handshake(ending: Handler) -> Handler:
+    """Return a handler that waits for the begin of a handshake, and does what another one does."""
+
+    def handler(connection: socket.socket) -> None:
+        connection.recv(65536)  # all of it: closing with the rest unread would be a reset
+        ending(connection)
+
+    return handler
 
 
 def refuse_late(connection: socket.socket) -> None:
-    connection.recv(1)
     connection.sendall(b"secret: no TLS here\n")
     silent(connection)
-
-
-def hang_up(connection: socket.socket) -> None:
-    connection.recv(1)
-    connection.close()
-
-
-def reset_it(connection: socket.socket) -> None:
-    connection.recv(1)
-    reset(connection)
 
 
 def check_failure(rows: Rows, login: Login, error: str) -> None:
@@ -245,18 +256,21 @@ def check_failure(rows: Rows, login: Login, error: str) -> None:
     }
     (row,) = rows.named("starttls")
     assert row["response_length"] == 0
-    assert "secret" not in repr(row["exception"])
-    assert "\x1b" not in repr(row["exception"])
+    text = repr(row["exception"])
+    assert "secret" not in text
+    assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("ending", [hang_up, reset_it, send_garbage, refuse_late])
+@pytest.mark.parametrize("ending", [hang_up, reset, send_garbage, refuse_late])
 def test_a_handshake_that_breaks_off_is_a_failed_starttls_and_a_closed_connection(
     serve: Serve, log_in: LogIn, rows: Rows, ending: Handler
 ) -> None:
     login = Login()
-    server = serve(agrees(ending))
-    assert not log_in(server.port, login, timeout=60).connect()
-    error = rows.named("starttls")[0]["exception"]
+    server = serve(agrees(in_the_handshake(ending)))
+    client = log_in(server.port, login, timeout=60)
+    assert not client.connect()
+    (row,) = rows.named("starttls")
+    error = row["exception"]
     assert isinstance(error, OSError)
     check_failure(rows, login, type(error).__name__)
     wait_until(lambda: server.open == 0)
@@ -274,10 +288,11 @@ def test_a_hang_up_before_the_handshake_is_one_failure(
         is_over.set()
 
     login = Login(is_over.wait)
-    assert not log_in(serve(server).port, login, timeout=60).connect()
+    client = log_in(serve(server).port, login, timeout=60)
+    assert not client.connect()
     gevent.sleep(0.05)  # for a row too many
     assert login.returned == [False]
-    assert sum(row["exception"] is not None for row in rows) == 1
+    assert len(rows.failures()) == 1
 
 
 def test_a_handshake_that_never_ends_fails_at_the_timeout(
@@ -285,10 +300,11 @@ def test_a_handshake_that_never_ends_fails_at_the_timeout(
 ) -> None:
     login = Login()
     server = serve(agrees(silent))
+    client = log_in(server.port, login, timeout=1)
     with gevent.Timeout(60):
-        assert not log_in(server.port, login, timeout=1).connect()
+        assert not client.connect()
     check_failure(rows, login, "TimeoutError")
-    assert rows.named("starttls")[0]["response_time"] >= 1000
+    assert min(rows.times("starttls")) >= 1000
     wait_until(lambda: server.open == 0)
 
 
@@ -296,10 +312,13 @@ def test_a_certificate_of_another_name_fails_it(
     serve: Serve, log_in: LogIn, rows: Rows, certificates: Path
 ) -> None:
     login = Login()
-    server = serve(agrees(secure(echo, server_context(certificates / "other.pem"))))
-    assert not log_in(server.port, login).connect()
+    identity = server_context(certificates / "other.pem")
+    server = serve(agrees(secure(echo, identity)))
+    client = log_in(server.port, login)
+    assert not client.connect()
     check_failure(rows, login, "SSLCertVerificationError")
-    assert "IP address mismatch" in repr(rows.named("starttls")[0]["exception"])
+    (text,) = rows.error_texts()
+    assert "IP address mismatch" in text
     wait_until(lambda: server.open == 0)
 
 
@@ -307,17 +326,30 @@ def test_a_server_that_says_no_is_a_failed_login_and_not_a_failed_starttls(
     serve: Serve, log_in: LogIn, rows: Rows
 ) -> None:
     login = Login()
-    assert not log_in(serve(agrees(silent, go_ahead=b"NO\n")).port, login).connect()
+    server = serve(agrees(silent, go_ahead=b"NO\n"))
+    client = log_in(server.port, login)
+    assert not client.connect()
     assert login.returned == []
-    assert rows.counts() == {"connect": 1, "send_chat": 1, "login": 1, "login: PermissionError": 1}
+    assert rows.counts() == {
+        "connect": 1,
+        "send_chat": 1,
+        "login": 1,
+        "login: PermissionError": 1,
+    }
 
 
 def test_the_next_message_after_a_failure_begins_anew(
     serve: Serve, log_in: LogIn, rows: Rows, identity: ssl.SSLContext
 ) -> None:
-    endings = iter((send_garbage, secure(echo, identity)))
+    endings = iter((in_the_handshake(send_garbage), secure(echo, identity)))
+
+    def handler(connection: socket.socket) -> None:
+        ending = next(endings)
+        ending(connection)
+
     login = Login()
-    client = log_in(serve(agrees(lambda connection: next(endings)(connection))).port, login)
+    server = serve(agrees(handler))
+    client = log_in(server.port, login)
     assert client.send_chat("hello") is None
     assert client.send_chat("hello") is not None
     assert login.returned == [False, True]
@@ -335,8 +367,9 @@ def test_plain_text_behind_the_go_ahead_fails_it_before_the_handshake(
     serve: Serve, log_in: LogIn, rows: Rows, handles: bool, injected: bytes, is_one_read: bool
 ) -> None:
     received: list[bytes] = []
-    is_asked, is_sent = Event(), Event()
-    heard: list[bytes] = []
+    is_asked = Event()
+    is_sent = Event()
+    heard = Inbox()
 
     def server(connection: socket.socket) -> None:
         if not is_one_read:
@@ -352,27 +385,23 @@ def test_plain_text_behind_the_go_ahead_fails_it_before_the_handshake(
         if handles and injected.endswith(b"\n"):
             wait_until(lambda: heard)
 
-    def keep(payload: bytes, arrived: float) -> None:
-        heard.append(payload)
-
     login = Login(let_it_come)
     go_ahead = b"OK\n" + (injected if is_one_read else b"")
-    hooks = {"on_message": keep} if handles else {}
-    handler = serve(agrees(server, go_ahead=go_ahead))
-    assert not log_in(handler.port, login, timeout=60, **hooks).connect()
+    hooks = {"on_message": heard.take} if handles else {}
+    listening = serve(agrees(server, go_ahead=go_ahead))
+    client = log_in(listening.port, login, timeout=60, **hooks)
+    assert not client.connect()
     check_failure(rows, login, "PlaintextAfterStartTLS")
-    wait_until(lambda: handler.open == 0)
+    wait_until(lambda: listening.open == 0)
     assert received == []  # not even the begin of a handshake
 
 
 def test_plain_text_before_the_go_ahead_does_no_harm(
     serve: Serve, log_in: LogIn, identity: ssl.SSLContext
 ) -> None:
-    heard: list[bytes] = []
-    handler = agrees(secure(echo, identity), go_ahead=b"welcome\nOK\n")
-    client = log_in(
-        serve(handler).port, Login(), on_message=lambda payload, arrived: heard.append(payload)
-    )
+    heard = Inbox()
+    server = serve(agrees(secure(echo, identity), go_ahead=b"welcome\nOK\n"))
+    client = log_in(server.port, Login(), on_message=heard.take)
     assert client.send_chat("hello") is not None
     assert heard == [b"welcome"]
 
@@ -406,7 +435,8 @@ def test_it_is_an_error_of_the_caller_while_a_message_is_in_flight(
 def test_it_is_an_error_of_the_caller_to_begin_twice(
     serve: Serve, log_in: LogIn, rows: Rows, identity: ssl.SSLContext
 ) -> None:
-    client = log_in(serve(agrees(secure(echo, identity))).port, Login())
+    server = serve(agrees(secure(echo, identity)))
+    client = log_in(server.port, Login())
     assert client.connect()
     with pytest.raises(ValueError, match="once"):
         client.start_tls()
@@ -417,7 +447,8 @@ def test_it_is_an_error_of_the_caller_to_begin_twice(
 def test_it_is_an_error_of_the_caller_where_the_connection_began_with_tls(
     serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
 ) -> None:
-    client = connect(serve(secure(echo, identity)).port, tls=trusting)
+    server = serve(secure(echo, identity))
+    client = connect(server.port, tls=trusting)
     assert client.connect()
     with pytest.raises(ValueError, match="once"):
         client.start_tls()

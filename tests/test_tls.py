@@ -30,7 +30,18 @@ from programs import (
     wait_until,
 )
 from rows import Rows
-from servers import Handler, Serve, Server, deaf, echo, free_port, lines, reset, silent
+from servers import (
+    Handler,
+    Serve,
+    Server,
+    deaf,
+    echo,
+    free_port,
+    lines,
+    reset,
+    send_garbage,
+    silent,
+)
 
 import locustfile
 from locustfile import ChatClient, ConnectionClosed, TCPSocketClient
@@ -214,10 +225,6 @@ def test_an_authority_that_the_system_does_not_know_is_a_failed_connect(
 
 def close(connection: socket.socket) -> None:
     connection.close()
-
-
-def send_garbage(connection: socket.socket) -> None:
-    connection.sendall(b"\x1b[31mHTTP/1.1 400 Bad Request secret\r\n\r\n")
 
 
 @pytest.mark.parametrize("ending", [close, reset, send_garbage])
