@@ -194,14 +194,14 @@ def no_worse_row(runs: Runs, share: int) -> Row:
     row = Row(
         f"open loop, {NAMES[share]}, no worse than {' and '.join(medians)}",
         values[OPEN],
-        "{:.1f} ms",
+        "{:.2f} ms",
         most=medians[best],
     )
     in_c = ""
     if best == TCPKALI and not row.is_reached:
         in_c = "tcpkali is in C and keeps no account of single messages"
     beside = joined(
-        of_others(values, (CLOSED, TSUNG, TCPKALI), "{:.1f} ms"),
+        of_others(values, (CLOSED, TSUNG, TCPKALI), "{:.2f} ms"),
         calmest(row, runs[OPEN]),
         in_c,
     )

@@ -172,4 +172,4 @@ def last_line() -> str:
     """Return what there is to say at the end."""
     counts = sum(COUNTS_OF_WORKERS.values(), COUNTS)
     made, answered = counts["made"], counts["answered"]
-    return f"lurkers: {made} connections made, {answered} of them answered or heard something"
+    return f"lurkers: {made:,} connections made, {answered:,} of them answered or heard something"

@@ -288,7 +288,7 @@ def verdict_of(environment: env.Environment) -> tuple[str, str]:
 def schedule_fault(due: int, started_in_time: int) -> str:
     """Return what is wrong where an open loop has started too few messages; empty if nothing is."""
     if started_in_time < locustfile.KEPT_SCHEDULE * due:
-        return f"the generator started {started_in_time} of {due} messages in time"
+        return f"the generator started {started_in_time:,} of {due:,} messages in time"
     return ""
 
 

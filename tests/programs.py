@@ -140,6 +140,13 @@ def stopped(running: Program) -> dict[str, Counts]:
     return rows
 
 
+def last_line(running: Program) -> str:
+    """Return the last line of a run, after Locust's tables and the line of the core."""
+    tables, _, rest = running.output.rpartition("\nchat: ")
+    assert "Response time percentiles" in tables
+    return rest.splitlines()[-1]
+
+
 def quiet(output: str) -> bool:
     """Return whether nothing in what Locust printed looks like an error.
 

@@ -13,7 +13,6 @@ from locust import User
 from locust.env import Environment
 from locust.event import Events
 from locust.stats import StatsEntry
-from programs import Program
 
 import locustfile
 
@@ -118,10 +117,3 @@ class Run:
 
 
 RunUsers = Callable[..., Run]  # what the fixture ``run_users`` returns
-
-
-def last_line(running: Program) -> str:
-    """Return the last line of a run, after Locust's tables and the line of the core."""
-    tables, _, rest = running.output.rpartition("\nchat: ")
-    assert "Response time percentiles" in tables
-    return rest.splitlines()[-1]

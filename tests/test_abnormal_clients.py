@@ -21,8 +21,16 @@ from clients import at_once
 from gevent.lock import Semaphore
 from locust.env import Environment
 from locust.event import Events
-from programs import QUICK_LOCUST, Program, Start, WebUI, bus_options, wait_until
-from rows import Rows, last_line
+from programs import (
+    QUICK_LOCUST,
+    Program,
+    Start,
+    WebUI,
+    bus_options,
+    last_line,
+    wait_until,
+)
+from rows import Rows
 from servers import Serve, echo, free_port, hang_up, lines, silent
 
 import locustfile
@@ -267,6 +275,20 @@ def test_an_abuse_that_failed_fails_the_run_whatever_limit_holds(
     assert end(running) == 1
     said = "Half a message of a connection that was reset came to a new connection."
     assert f"Leaked('{said}')" in running.output
+
+
+@pytest.mark.together
+def test_where_nobody_is_ever_echoed_no_abuse_is_blamed(start: Start, serve: Serve) -> None:
+    running = start(
+        *QUICK_LOCUST,
+        *documented(),
+        f"--host={serve(silent).address}",
+        "--chat-timeout=0.3",
+    )
+    wait_until(lambda: failures(running.output, "ABUSE .*?") > 3)
+    assert end(running) == 1
+    said = r"abnormal clients: the canary got 0 of [1-9]\d* echoes.*; nothing was tested, as the "
+    assert re.match(said + "server echoed nobody", last_line(running))
 
 
 @pytest.mark.together

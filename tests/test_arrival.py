@@ -167,7 +167,11 @@ PAUSES = st.floats(0, 100)
 SETTINGS = st.just(0.0) | st.floats(0.011, 1e6) | st.floats(-1e6, -0.011)
 
 
-@given(st.lists(st.tuples(PAUSES, SETTINGS, PAUSES, st.integers(0, 9)), max_size=20))
+WHICH = st.integers(0, 9)
+STEP = st.tuples(PAUSES, SETTINGS, PAUSES, WHICH)
+
+
+@given(st.lists(STEP, max_size=20))
 def test_a_clock_that_is_set_during_a_run_does_not_show(
     steps: list[tuple[float, float, float, int]],
 ) -> None:
@@ -186,7 +190,11 @@ def test_a_clock_that_is_set_during_a_run_does_not_show(
             assert arrived - 1e-6 <= found <= machine.now
 
 
-@given(st.lists(st.tuples(PAUSES, SETTINGS, st.floats(-2e9, 2e9)), max_size=20))
+AGES = st.floats(-2e9, 2e9)
+STAMP = st.tuples(PAUSES, SETTINGS, AGES)
+
+
+@given(st.lists(STAMP, max_size=20))
 def test_whatever_the_kernel_says_nothing_arrives_after_its_read(
     steps: list[tuple[float, float, float]],
 ) -> None:

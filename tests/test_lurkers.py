@@ -19,10 +19,11 @@ from programs import (
     Start,
     bus_options,
     counts_in,
+    last_line,
     latest_counts,
     wait_until,
 )
-from rows import RunUsers, last_line
+from rows import RunUsers
 from servers import Serve, echo, lines, port_of
 
 import locustfile

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import socket
 import ssl
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from programs import (
     STANDALONE,
     Program,
     Start,
+    code_blocks,
     latest_counts,
     program,
     quiet,
@@ -46,7 +47,15 @@ from servers import (
 import locustfile
 from locustfile import ChatClient, ConnectionClosed, TCPSocketClient
 
+ServeSecurely = Callable[[Callable[[ssl.SSLSocket], object]], Server]
+
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"]
+
+
+@pytest.fixture
+def serve_securely(serve: Serve, identity: ssl.SSLContext) -> ServeSecurely:
+    """Return a function that starts a server that shakes hands first."""
+    return lambda handler: serve(secure(handler, identity))
 
 
 def connected(
@@ -60,16 +69,16 @@ def connected(
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("framing", ["line", ">I", "raw"])
 def test_a_message_is_echoed(
-    serve: Serve,
     connect: Connect,
     rows: Rows,
     identity: ssl.SSLContext,
+    serve_securely: ServeSecurely,
     trusting: Context,
     version: Any,
     framing: str,
 ) -> None:
     identity.maximum_version = version
-    client = connect(serve(secure(echo, identity)).port, tls=trusting, framing=framing)
+    client = connect(serve_securely(echo).port, tls=trusting, framing=framing)
     assert str(client.send_chat("안녕하세요 👋")).endswith("안녕하세요 👋")
     assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
 
@@ -86,34 +95,34 @@ def test_the_handshake_counts_into_connect(
 
 
 def test_an_echo_in_records_of_one_byte_is_put_together(
-    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
     def server(connection: ssl.SSLSocket) -> None:
         while data := connection.recv(65536):
             for position in range(len(data)):
                 connection.sendall(data[position : position + 1])
 
-    client = connect(serve(secure(server, identity)).port, tls=trusting)
+    client = connect(serve_securely(server).port, tls=trusting)
     assert client.send_chat("hello") is not None
     assert client.send_chat("hello again") is not None
 
 
 def test_many_messages_in_one_record_are_told_apart(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, rows: Rows, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
     def server(connection: ssl.SSLSocket) -> None:
         connection.sendall(b"welcome\n" * 20)  # in the wake of the handshake
         for line in lines(connection):
             connection.sendall(b"<bob> hi\n" * 50 + line + b"\n<bob> bye\n")
 
-    client = connect(serve(secure(server, identity)).port, tls=trusting)
+    client = connect(serve_securely(server).port, tls=trusting)
     for _ in range(5):
         assert str(client.send_chat("hello")).endswith("hello")
     assert rows.counts()["echo_response"] == 5
 
 
 def test_a_message_longer_than_a_record_and_than_the_buffers_of_the_kernel_passes(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, rows: Rows, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
     def server(connection: ssl.SSLSocket) -> None:
         prefix = connection.recv(4)
@@ -124,16 +133,16 @@ def test_a_message_longer_than_a_record_and_than_the_buffers_of_the_kernel_passe
             received += connection.recv(65536)
         connection.sendall(prefix + received)
 
-    client = connect(serve(secure(server, identity)).port, tls=trusting, framing=">I", timeout=60)
+    client = connect(serve_securely(server).port, tls=trusting, framing=">I", timeout=60)
     text = "x" * (1024 * 1024 - 100)
     assert str(client.send_chat(text)).endswith(text)
     assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
 
 
 def test_a_server_that_does_not_read_is_a_failed_send_at_the_timeout(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, rows: Rows, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
-    client = connected(connect, serve(secure(deaf, identity)), trusting, timeout=0.5)
+    client = connected(connect, serve_securely(deaf), trusting, timeout=0.5)
     assert client.send_chat("x" * 8_000_000) is None
     assert rows.counts() == {"connect": 1, "send_chat: TimeoutError": 1}
     assert rows.named("send_chat")[0]["response_time"] >= 500
@@ -161,24 +170,24 @@ def accept_securely(listener: socket.socket, context: ssl.SSLContext) -> ssl.SSL
 
 
 def test_a_connection_that_the_server_closes_while_idle_is_a_disconnect(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, rows: Rows, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
-    connected(connect, serve(secure(lambda connection: connection.unwrap(), identity)), trusting)
+    connected(connect, serve_securely(lambda connection: connection.unwrap()), trusting)
     wait_until(lambda: rows.named("disconnect"))
     assert rows.counts() == {"connect": 1, "disconnect: ConnectionClosed": 1}
 
 
 def test_a_connection_that_is_cut_while_an_echo_is_awaited_fails_it_at_once(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, rows: Rows, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
-    server = serve(secure(lambda connection: connection.recv(1), identity))
+    server = serve_securely(lambda connection: connection.recv(1))
     assert connect(server.port, tls=trusting).send_chat("hello") is None
     (row,) = rows.named("echo_response")
     assert isinstance(row["exception"], (ConnectionClosed, ConnectionResetError))
 
 
 def test_the_server_is_told_of_the_end(
-    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
     ends: list[object] = []
 
@@ -188,7 +197,7 @@ def test_the_server_is_told_of_the_end(
         except ssl.SSLError as error:  # an end without "close_notify" could be an attacker's
             ends.append(error)
 
-    connected(connect, serve(secure(server, identity)), trusting).close()
+    connected(connect, serve_securely(server), trusting).close()
     wait_until(lambda: ends)
     assert ends == [b""]
 
@@ -217,9 +226,9 @@ def test_a_certificate_that_is_not_valid_is_a_failed_connect(
 
 
 def test_an_authority_that_the_system_does_not_know_is_a_failed_connect(
-    serve: Serve, connect: Connect, rows: Rows, identity: ssl.SSLContext
+    connect: Connect, rows: Rows, serve_securely: ServeSecurely
 ) -> None:
-    assert not connect(serve(secure(echo, identity)).port, tls=ssl.create_default_context).connect()
+    assert not connect(serve_securely(echo).port, tls=ssl.create_default_context).connect()
     assert "certificate verify failed" in repr(rows[0]["exception"])
 
 
@@ -257,11 +266,11 @@ def test_a_handshake_that_never_ends_is_a_failed_connect_within_the_timeout(
 
 
 def test_the_server_name_is_indicated(
-    serve: Serve, connect: Connect, identity: ssl.SSLContext, trusting: Context
+    connect: Connect, identity: ssl.SSLContext, serve_securely: ServeSecurely, trusting: Context
 ) -> None:
     names: list[object] = []
     identity.sni_callback = lambda _socket, name, _context: names.append(name)
-    assert connect(serve(secure(echo, identity)).port, host="localhost", tls=trusting).connect()
+    assert connect(serve_securely(echo).port, host="localhost", tls=trusting).connect()
     assert names == ["localhost"]
 
 
@@ -290,14 +299,14 @@ class Counted:
 
 
 def test_a_context_of_the_users_own_is_made_once_for_all(
-    serve: Serve, trusting: Context, identity: ssl.SSLContext
+    trusting: Context, serve_securely: ServeSecurely
 ) -> None:
     contexts = Counted(trusting)
 
     class SecureChat(ChatClient):
         tls_context = staticmethod(contexts)
 
-    environment = Environment(host=f"tls://localhost:{serve(secure(echo, identity)).port}")
+    environment = Environment(host=f"tls://localhost:{serve_securely(echo).port}")
     users = [SecureChat(environment) for _ in range(3)]
     assert all(user.client.send_chat("hello") for user in users)
     assert contexts.made == 1
@@ -330,16 +339,16 @@ def test_a_context_that_cannot_be_made_is_a_failed_connect_that_says_why(rows: R
 
 
 def test_a_client_certificate_can_be_given(
-    serve: Serve,
     connect: Connect,
     rows: Rows,
     certificates: Path,
     identity: ssl.SSLContext,
+    serve_securely: ServeSecurely,
     trusting: Context,
 ) -> None:
     identity.verify_mode = ssl.CERT_REQUIRED
     identity.load_verify_locations(certificates / "ca.pem")
-    server = serve(secure(echo, identity))
+    server = serve_securely(echo)
 
     def with_certificate() -> ssl.SSLContext:
         context: ssl.SSLContext = trusting()
@@ -354,8 +363,10 @@ def test_a_client_certificate_can_be_given(
 def documented(language: str, word: str) -> str:
     """Return the documents' block of code in a language that has this word in it."""
     text = "\n".join(document.read_text("utf-8") for document in DOCUMENTS)
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return next(str(block).strip() for block in blocks if word in block)
+    for block in code_blocks(text, language):
+        if word in block:
+            return block.strip()
+    raise AssertionError(f"no block has {word}")
 
 
 def listen(start: Start, certificates: Path, options: str) -> str:
@@ -406,9 +417,9 @@ def test_the_documented_example_shows_a_client_certificate(
 
 
 def test_the_standalone_mode_speaks_tls(
-    start: Start, serve: Serve, certificates: Path, identity: ssl.SSLContext
+    start: Start, certificates: Path, serve_securely: ServeSecurely
 ) -> None:
-    host = f"tls://localhost:{serve(secure(echo, identity)).port}"
+    host = f"tls://localhost:{serve_securely(echo).port}"
     running = start(*STANDALONE, host, SSL_CERT_FILE=str(certificates / "ca.pem"))
     assert running.ends() == 0
     assert "5 of 5 messages came back" in running.output

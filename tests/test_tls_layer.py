@@ -66,13 +66,23 @@ class Peer:
 
 def pieces_of(data: bytes, cuts: Sequence[int]) -> list[bytes]:
     """Return data, cut at these places and wherever they are beyond its end."""
-    places = sorted(min(cut, len(data)) for cut in cuts)
-    return [data[start:end] for start, end in itertools.pairwise((0, *places, len(data)))]
+    places = [0, len(data)]
+    for cut in cuts:
+        places.append(min(cut, len(data)))
+    places.sort()
+    pieces = []
+    for start, end in itertools.pairwise(places):
+        pieces.append(data[start:end])
+    return pieces
 
 
 def decrypted(layer: TLSLayer, pieces: Sequence[bytes]) -> bytes:
     """Return the plaintext of all pieces."""
-    return b"".join(itertools.chain.from_iterable(map(layer.decrypt, pieces)))
+    plaintext = b""
+    for piece in pieces:
+        for part in layer.decrypt(piece):
+            plaintext += part
+    return plaintext
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
