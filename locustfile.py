@@ -50,7 +50,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter, time
-from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import gevent
 import gevent.event
@@ -3283,8 +3283,27 @@ def prepare(environment: env.Environment, **_: object) -> None:
             start_echo_server(environment, options.tcp_port)
         check_settings(environment, options)
     except (OSError, ValueError) as error:
-        logging.disable()  # else Locust goes on to tell of workers
-        sys.exit(f"locust: error: {error}")
+        refuse_to_start(environment, error)
+
+
+WORKERS_CONNECT = 10.0  # seconds, at most, that the forked workers of a busy machine may take
+
+
+def refuse_to_start(environment: env.Environment, reason: object) -> NoReturn:
+    """End Locust before the run, with one line, from a listener of ``init``.
+
+    The workers that ``--processes`` has forked connect first: then they see that their master has
+    ended (``leave_with_master``). Else Locust would let them look for it for five minutes.
+    """
+    logging.disable()  # else Locust goes on to tell of workers
+    runner = environment.runner
+    options = environment.parsed_options
+    if isinstance(runner, runners.MasterRunner) and options is not None and options.processes:
+        ends_at = perf_counter() + WORKERS_CONNECT
+        while len(runner.clients) < options.processes and perf_counter() < ends_at:
+            gevent.sleep(0.05)
+        gevent.sleep(0.1)  # the acknowledgements are on their way
+    sys.exit(f"locust: error: {reason}")
 
 
 LOADING_PROCESS = os.getpid()  # --processes forks the workers after this file was loaded

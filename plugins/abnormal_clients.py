@@ -36,7 +36,6 @@ from locust import between, events, runners, task  # isort: skip
 
 import contextlib
 import copy
-import logging
 import socket
 import struct
 import sys
@@ -340,8 +339,7 @@ def refuse_tls(environment: Environment, **_: object) -> None:
             if issubclass(user_class, AbnormalClient) and (environment.host or user_class.host):
                 settings_without_tls(user_class, environment)
     except ValueError as error:
-        logging.disable()  # else Locust goes on to tell of workers
-        sys.exit(f"locust: error: {error}")
+        locustfile.refuse_to_start(environment, error)
 
 
 @events.quitting.add_listener

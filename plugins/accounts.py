@@ -121,8 +121,7 @@ def prepare(environment: env.Environment, **_: object) -> None:
         elif any(issubclass(user_class, WithAccount) for user_class in environment.user_classes):
             raise ValueError("--chat-accounts is missing: add --chat-accounts=FILE, a CSV file")
     except ValueError as error:
-        logging.disable()  # else Locust goes on to tell of workers
-        sys.exit(f"locust: error: {error}")
+        locustfile.refuse_to_start(environment, error)
 
 
 # ---------------------------------------------------------------------------------------- the file

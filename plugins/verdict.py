@@ -37,7 +37,6 @@ from __future__ import annotations
 from locust import env, events, runners, stats  # isort: skip
 
 import argparse
-import logging
 import math
 import re
 import sys
@@ -98,9 +97,9 @@ def refuse_to_start_without_limit(environment: env.Environment, **_: object) -> 
     if isinstance(environment.runner, runners.WorkerRunner) or options is None:
         return
     if options.headless and not has_limit(environment) and not is_search(environment):
-        logging.disable()  # else Locust goes on to tell of workers
         instead = f"--{FAIL_RATIO.name}=0.01, --{P95.name}=200 or both"
-        sys.exit(f"locust: error: verdict.py has no limit to judge by: use {instead}")
+        reason = f"verdict.py has no limit to judge by: use {instead}"
+        locustfile.refuse_to_start(environment, reason)
 
 
 def has_limit(environment: env.Environment) -> bool:

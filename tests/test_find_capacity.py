@@ -343,7 +343,7 @@ def test_the_documented_command_with_a_server_that_gets_slow_above_its_capacity(
     assert re.fullmatch(
         r"capacity: 4 users, [\d.]+ messages a second echoed "
         r"\(fail ratio 0 \(limit 0.01\), 95th percentile [\d.]+ ms \(limit 1000\)\); "
-        r"at 8 users, .* echoed: 95th percentile [\d.]+ ms \(limit 1000\)",
+        r"at 8 users, .* echoed: 95th percentile [\d.]+ ms \(limit 1000\)(; .*)?",
         answer(run),
     )
     assert run.output.index("Response time percentiles") < run.output.index("\nchat: ")
@@ -362,10 +362,9 @@ def test_a_master_with_a_worker_that_has_its_files_from_it_and_a_server_that_sta
     assert (master.ends(), worker.ends()) == (0, 0)
     line = answer(master)
     assert line.startswith("capacity: 2 users, ")
-    assert re.search(r"; at (4|6) users, .*: fail ratio .* \(limit 0.01\)$", line)
+    assert re.search(r"; at (4|6) users, .*: fail ratio .* \(limit 0.01\)", line)
 
 
-@pytest.mark.together
 def test_open_loop_in_two_processes(start: Start, serve: Serve) -> None:
     options = "--headless --processes=2 --chat-rate=5 --capacity-step=3"
     run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *arguments(serve(echo), options))
@@ -373,7 +372,7 @@ def test_open_loop_in_two_processes(start: Start, serve: Serve) -> None:
     assert re.fullmatch(
         r"capacity: at least 6 users, [\d.]+ messages a second due, "
         r"[\d.]+ messages a second echoed \(fail ratio .*\); "
-        r"no limit was reached up to the upper bound",
+        r"no limit was reached up to the upper bound(; .*)?",
         answer(run),
     )
 
@@ -385,7 +384,7 @@ def test_where_nobody_listens_there_is_no_capacity(start: Start, serve: Serve) -
     options = "--headless --chat-wait=0.05 --capacity-step-time=3"  # longer than all pauses
     run = start(*QUICK_LOCUST, "-f", QUICK_FILES, *arguments(server, options))
     assert run.ends() == 1
-    assert answer(run) == (
+    assert answer(run).startswith(
         "capacity: none; at 2 users, 0.0 messages a second echoed: "
         "fail ratio 1 (limit 0.01), no echo came"
     )

@@ -19,7 +19,7 @@ from gevent.lock import BoundedSemaphore
 from programs import programs
 from servers import servers
 
-AT_ONCE = 4  # tests; each Locust that starts takes a second of a processor
+AT_ONCE = 3  # tests; each Locust that starts takes a second of a processor
 TIME_LIMIT = 240  # seconds for one test
 RAISED = (Exception, gevent.Timeout, pytest.fail.Exception, pytest.skip.Exception)
 Greenlets = dict[str, gevent.Greenlet]  # by the name of the test; each returns what it raised
