@@ -1354,23 +1354,23 @@ class Connection:
         :raises ChatError: where the connection has to end
         """
         self._is_reply_last = False
-        payload = b""
+        error: BaseException | None = None
+        payloads: Iterable[bytes]
         if self._has_built_in_framing:
-            for payload in self._framing.feed(data):
-                self._deliver(payload, received_at)
-            if self._overdue:
-                self._judge_overdue(payload, received_at)
-            return
-        payloads, error = timed_hook("feed", feed_until_error, self._framing, data)
+            payloads = self._framing.feed(data)
+        else:
+            payloads, error = timed_hook("feed", feed_until_error, self._framing, data)
+        payload = b""
         for payload in payloads:
             self._deliver(payload, received_at)
         if self._overdue:
             self._judge_overdue(payload, received_at)
+        if error is None:
+            return
         if isinstance(error, ChatError):
             raise error
-        if error is not None:
-            log_place_of(error)
-            raise FramingError from error
+        log_place_of(error)
+        raise FramingError from error
 
     def _deliver(self, payload: bytes, received_at: float) -> None:
         """Take a message to the exchange that awaits it, or else to ``on_message``.
@@ -1450,14 +1450,14 @@ class Connection:
         for exchange, payload, position in overdue:
             may_be_earlier = payload is not last
             came_at = RUN.earliest_arrival(received_at) if may_be_earlier else received_at
-            if self._tagged.get(exchange.tag) is not exchange:  # it has ended meanwhile
-                self._deliver_untagged(payload, received_at, has_own_tag=True)
-            elif self._is_too_late(exchange, came_at):
-                self._time_out(exchange)
-                self._deliver_untagged(payload, received_at, has_own_tag=True)
-            else:
+            is_awaited = self._tagged.get(exchange.tag) is exchange  # it may have ended meanwhile
+            if is_awaited and not self._is_too_late(exchange, came_at):
                 del self._tagged[exchange.tag]
                 self._take_reply(exchange, payload, received_at, position)
+                continue
+            if is_awaited:
+                self._time_out(exchange)
+            self._deliver_untagged(payload, received_at, has_own_tag=True)
 
     def _take_reply(
         self, exchange: Exchange, payload: bytes, received_at: float, tag_at: int = 0
