@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from locust.event import EventHook
+from locust.env import Environment
+from locust.event import EventHook, Events
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "plugins"))
@@ -25,6 +26,7 @@ from rows import Rows, Run, RunUsers
 from servers import Serve, servers
 from together import pytest_pyfunc_call
 
+import locustfile
 from locustfile import TCPSocketClient
 
 __all__ = ["pytest_pyfunc_call"]  # a hook, for pytest to find
@@ -101,6 +103,15 @@ def trusting(certificates: Path) -> Context:
 def identity(certificates: Path) -> ssl.SSLContext:
     """Return the context of a server with the good certificate."""
     return server_context(certificates / "good.pem")
+
+
+@pytest.fixture
+def begun_run() -> Iterator[Environment]:
+    """Return the environment of a run without users: this process is watched, and counts for it."""
+    environment = Environment(events=Events())
+    locustfile.begin_run(environment)
+    yield environment
+    locustfile.end_run(environment)
 
 
 @pytest.fixture

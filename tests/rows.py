@@ -1,4 +1,4 @@
-"""The request events that a test has seen, runs of users within a test, and how a run ends."""
+"""The request events that a test has seen, and runs of users within a test."""
 
 from __future__ import annotations
 

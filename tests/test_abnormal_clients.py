@@ -27,6 +27,7 @@ from programs import (
     Start,
     WebUI,
     bus_options,
+    documented_commands,
     last_line,
     wait_until,
 )
@@ -58,10 +59,8 @@ KINDS = {
 
 def documented() -> list[str]:
     """Return the command of the plugin's first lines, with shorter pauses."""
-    text = (abnormal_clients.__doc__ or "").replace("\\\n", "")
-    match = re.search(r"^    locust (-f .*)$", text, re.MULTILINE)
-    assert match is not None
-    option, files, *options = shlex.split(match[1])
+    command, *_ = documented_commands(abnormal_clients.__doc__)
+    _, option, files, *options = shlex.split(command)
     assert (option, files) == PLUGIN
     files += ",tests/locustfiles/short_abuses.py"
     return [option, files, *options, "--chat-wait=0.05"]

@@ -27,6 +27,7 @@ from programs import (
     Start,
     WebUI,
     bus_options,
+    documented_commands,
     quiet,
     rows_of,
     wait_until,
@@ -369,7 +370,7 @@ def test_the_documented_files_and_command(start: Start, serve: Serve, tmp_path: 
     for name in ("member.py", "members.csv"):
         (tmp_path / name).write_text(documented(name))
     members = Members()
-    command = DOCUMENTATION.split("\n\n")[1].replace("\\\n", "")
+    command, *_ = documented_commands(DOCUMENTATION)
     command = re.sub(r"member\.py|members\.csv", rf"{tmp_path}/\g<0>", command)
     _, *given = shlex.split(command)
     run = start(

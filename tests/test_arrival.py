@@ -24,8 +24,6 @@ from certificates import Context
 from clients import Connect
 from hypothesis import given
 from hypothesis import strategies as st
-from locust.env import Environment
-from locust.event import Events
 from plain_servers import ServerProcess, echo, echo_and_talk, echo_with_news, kick
 from programs import LOCUST, ROOT, Start, latest_counts, rows_of, wait_until
 from rows import Rows
@@ -279,17 +277,16 @@ def test_an_echo_that_came_too_late_is_a_time_out_however_late_it_is_read(
         assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response: EchoTimeout": 1}
 
 
-@pytest.fixture
-def watched() -> Iterator[None]:
-    """Let this process notice that it stands still, as it does in a run."""
-    environment = Environment(events=Events())
-    locustfile.begin_run(environment)
-    yield
-    locustfile.end_run(environment)
+def say_and_stand_still(client: TCPSocketClient) -> None:
+    """Say hello, and stand still until long after its time-out; the process is watched before."""
+    assert client.connect()
+    gevent.sleep(0.3)
+    hand_over(client, "hello")
+    busy(1.2)
 
 
 @needs_stamps
-@pytest.mark.usefixtures("watched")
+@pytest.mark.usefixtures("begun_run")
 def test_an_echo_that_waited_in_one_read_with_later_talk_may_have_come_in_time(
     connect: Connect, rows: Rows
 ) -> None:
@@ -297,27 +294,21 @@ def test_an_echo_that_waited_in_one_read_with_later_talk_may_have_come_in_time(
     heard = Heard()
     with ServerProcess(echo_and_talk, 0.5) as server:
         client = connect(server.port, timeout=0.2, on_message=heard.take)
-        assert client.connect()
-        gevent.sleep(0.3)
-        hand_over(client, "hello")
-        busy(1.2)
+        say_and_stand_still(client)
         wait_until(lambda: rows.named("echo_response") and heard)
         assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response": 1}
         assert heard.payloads == [b"news"]
 
 
 @needs_stamps
-@pytest.mark.usefixtures("watched")
+@pytest.mark.usefixtures("begun_run")
 def test_an_echo_that_came_too_late_while_the_generator_stood_still_is_a_time_out(
     connect: Connect, rows: Rows
 ) -> None:
     heard = Heard()
     with ServerProcess(echo, 0.5) as server:
         client = connect(server.port, timeout=0.2, on_message=heard.take)
-        assert client.connect()
-        gevent.sleep(0.3)
-        hand_over(client, "hello")
-        busy(1.2)
+        say_and_stand_still(client)
         wait_until(lambda: rows.named("echo_response") and heard)
         assert rows.counts() == {"connect": 1, "send_chat": 1, "echo_response: EchoTimeout": 1}
         assert heard.payloads == [f"[{client.identity}.1] hello".encode()]

@@ -27,6 +27,7 @@ from programs import (
     Start,
     WebUI,
     bus_options,
+    documented_commands,
     latest_counts,
     programs,
     wait_until,
@@ -1565,7 +1566,7 @@ def entries(output: str) -> dict[str, dict[str, float]]:
 QUICK = "--headless --users=4 --spawn-rate=4 --run-time=10m --chat-wait=0.1 --chat-timeout=1 --json"
 FILES = ("-f", "locustfile.py,plugins/delivery.py", "RoomClient")
 SILENT = ("--chat-echo=none",)
-COMMANDS = re.findall(r"^    (locust -f .*)$", str(delivery.__doc__), re.MULTILINE)
+COMMANDS = documented_commands(delivery.__doc__)
 
 
 def losing_every_seventh(count: int, line: bytes) -> list[bytes]:

@@ -31,6 +31,7 @@ from programs import (
     Start,
     WebUI,
     bus_options,
+    documented_commands,
     wait_until,
 )
 from rows import fire
@@ -284,9 +285,9 @@ def arguments(server: Server, more: str = "") -> list[str]:
 
 def documented() -> list[str]:
     """Return the arguments of the command that the first lines show, with shorter pauses."""
-    text = find_capacity.__doc__ or ""
-    program, option, files, *rest = shlex.split(text.split("\n\n")[1])
-    assert (program, option, files) == ("locust", "-f", FILES)
+    command, *_ = documented_commands(find_capacity.__doc__)
+    _, option, files, *rest = shlex.split(command)
+    assert (option, files) == ("-f", FILES)
     return [option, QUICK_FILES, *rest]
 
 

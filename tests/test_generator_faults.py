@@ -6,15 +6,12 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator
 
 import gevent
 import gevent.monkey
 import pytest
 from clients import Connect
 from locust import constant, task
-from locust.env import Environment
-from locust.event import Events
 from plain_servers import ServerProcess, echo
 from programs import QUICK_LOCUST, Program, Start, bus_options, wait_until
 from rows import Run, RunUsers
@@ -154,15 +151,6 @@ def test_a_few_late_reads_are_no_fault(run_users: RunUsers) -> None:
 # --------------------------------------------------------------------------------------- slow hooks
 
 
-@pytest.fixture
-def run_begun() -> Iterator[None]:
-    """Let a run begin: what is said once a run has not been said."""
-    environment = Environment(events=Events())
-    locustfile.begin_run(environment)
-    yield
-    locustfile.end_run(environment)
-
-
 class SlowFraming(LineFraming):
     """Lines, cut slowly."""
 
@@ -189,7 +177,7 @@ def test_a_slow_hook_on_the_event_loop_is_named_once_a_run(
     serve: Serve,
     connect: Connect,
     caplog: pytest.LogCaptureFixture,
-    run_begun: None,
+    begun_run: None,
     hook: str,
     client_settings: dict[str, object],
     message_settings: dict[str, object],
@@ -204,7 +192,7 @@ def test_a_slow_hook_on_the_event_loop_is_named_once_a_run(
 
 
 def test_quick_hooks_are_not_named(
-    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture, run_begun: None
+    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture, begun_run: None
 ) -> None:
     client = connect(
         serve(Answers(in_turn(b"one\n", b"two\n"))).port, is_refusal=lambda payload: False

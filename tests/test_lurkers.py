@@ -5,7 +5,6 @@ from __future__ import annotations
 import locust  # isort: skip  # replaces blocking calls with gevent's
 
 import inspect
-import re
 import shlex
 import socket
 import textwrap
@@ -19,8 +18,10 @@ from programs import (
     Start,
     bus_options,
     counts_in,
+    documented_commands,
     last_line,
     latest_counts,
+    the_one_with,
     wait_until,
 )
 from rows import RunUsers
@@ -48,10 +49,9 @@ class KimUser(locustfile.TCPChatUser):
 
 def documented(name: str) -> list[str]:
     """Return the command of the plugin's first lines that runs this class, with ten users."""
-    text = (lurkers.__doc__ or "").replace("\\\n", "")
-    match = re.search(rf"^    locust (.*lurkers\.py {name} .*)$", text, re.MULTILINE)
-    assert match is not None
-    return [*shlex.split(match[1]), "--users=10"]  # the last of each counts
+    command = the_one_with(f"lurkers.py {name} ", documented_commands(lurkers.__doc__))
+    _, *arguments = shlex.split(command)
+    return [*arguments, "--users=10"]  # the last of each counts
 
 
 def welcome(connection: socket.socket) -> None:

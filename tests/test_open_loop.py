@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import perf_counter
 
 import gevent
@@ -44,16 +44,7 @@ class Client:
 
 
 @pytest.fixture
-def environment() -> Iterator[Environment]:
-    """Return an environment whose run has begun: what schedules count is counted for it."""
-    environment = Environment(events=Events())
-    locustfile.begin_run(environment)
-    yield environment
-    locustfile.end_run(environment)
-
-
-@pytest.fixture
-def clock(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(begun_run: Environment, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Return the clock of the schedules, so that the speed of the machine does not matter."""
     clock = Clock()
     monkeypatch.setattr(locustfile, "perf_counter", clock)
@@ -128,7 +119,7 @@ def count_late(environment: Environment) -> int:
 
 
 def test_what_fell_due_without_a_connection_is_left_out(
-    environment: Environment, clock: Clock
+    begun_run: Environment, clock: Clock
 ) -> None:
     """After two seconds at rate 50 the server is back, and does not get a hundred at once."""
     client = Client()
@@ -139,8 +130,8 @@ def test_what_fell_due_without_a_connection_is_left_out(
     pauses = pass_pauses(schedule, client, clock, 10)
     assert 0 <= pauses[0] <= 0.02
     assert pauses[1:] == pytest.approx([0.02] * 9)
-    assert run_totals(environment).due == 9
-    assert count_late(environment) == 0  # it was not the generator that was slow
+    assert run_totals(begun_run).due == 9
+    assert count_late(begun_run) == 0  # it was not the generator that was slow
 
 
 @pytest.mark.parametrize(
@@ -148,7 +139,7 @@ def test_what_fell_due_without_a_connection_is_left_out(
     [(0.0, 0), (0.05, 0), (0.35, 2), (2.05, 10)],  # of a task each 0.2 s; it is late after 0.1 s
 )
 def test_what_has_not_started_when_its_user_ends_was_due_and_is_late(
-    environment: Environment, clock: Clock, seconds: float, missed: int
+    begun_run: Environment, clock: Clock, seconds: float, missed: int
 ) -> None:
     client = Client()
     schedule = schedule_of(5, client)
@@ -156,12 +147,12 @@ def test_what_has_not_started_when_its_user_ends_was_due_and_is_late(
     pass_pauses(schedule, client, clock, 1)
     clock.now += seconds
     schedule.count_missed()
-    assert run_totals(environment).due == 1 + missed
-    assert count_late(environment) == missed
+    assert run_totals(begun_run).due == 1 + missed
+    assert count_late(begun_run) == missed
 
 
 def test_what_fell_due_without_a_connection_is_not_missed_when_its_user_ends(
-    environment: Environment, clock: Clock
+    begun_run: Environment, clock: Clock
 ) -> None:
     client = Client()
     schedule = schedule_of(5, client)
@@ -169,23 +160,23 @@ def test_what_fell_due_without_a_connection_is_not_missed_when_its_user_ends(
     clock.now += 10
     client.connected_since = None
     schedule.count_missed()
-    assert run_totals(environment).due == 0
+    assert run_totals(begun_run).due == 0
 
 
 def test_a_task_that_is_under_way_when_its_user_ends_was_due_and_started(
-    environment: Environment, clock: Clock
+    begun_run: Environment, clock: Clock
 ) -> None:
     client = Client()
     schedule = schedule_of(5, client)
     clock.now += schedule.first_pause()
     client.first_send_at = clock.now
     schedule.count_missed()
-    assert run_totals(environment).due == 1
-    assert count_late(environment) == 0
+    assert run_totals(begun_run).due == 1
+    assert count_late(begun_run) == 0
 
 
 def test_while_there_is_no_connection_a_task_begins_once_an_interval(
-    environment: Environment, clock: Clock
+    begun_run: Environment, clock: Clock
 ) -> None:
     client = Client()
     schedule = schedule_of(2, client)
@@ -195,7 +186,7 @@ def test_while_there_is_no_connection_a_task_begins_once_an_interval(
     pauses = pass_pauses(schedule, client, clock, 10)
     assert 0 <= pauses[0] <= 0.5
     assert pauses[1:] == pytest.approx([0.5] * 9)
-    assert run_totals(environment).due == 0
+    assert run_totals(begun_run).due == 0
 
 
 def test_users_that_reconnect_together_keep_phases_of_their_own(clock: Clock) -> None:
@@ -210,23 +201,23 @@ def test_users_that_reconnect_together_keep_phases_of_their_own(clock: Clock) ->
 
 
 def test_a_task_that_sends_nothing_is_no_message_that_fell_due(
-    environment: Environment, clock: Clock
+    begun_run: Environment, clock: Clock
 ) -> None:
     schedule = schedule_of(1)
     for _ in range(200):
         clock.now += 0.5 + schedule.next_pause()
-    assert run_totals(environment).due == 0
+    assert run_totals(begun_run).due == 0
 
 
 @pytest.mark.parametrize(("late", "share"), [(0, None), (5, None), (6, "94.0%"), (50, "50.0%")])
 def test_a_schedule_of_which_under_95_percent_was_kept_is_a_fault_of_the_generator(
-    environment: Environment, clock: Clock, late: int, share: str | None
+    begun_run: Environment, clock: Clock, late: int, share: str | None
 ) -> None:
     """After a task that takes longer than the interval, the next one starts 0.15 s late."""
     begin_tasks(1, clock, [1.15, 0.0] * late + [0.0] * (100 - 2 * late))
-    assert run_totals(environment).due == 100
-    assert count_late(environment) == late
-    faults = generator_faults(environment)
+    assert run_totals(begun_run).due == 100
+    assert count_late(begun_run) == late
+    faults = generator_faults(begun_run)
     assert len(faults) == (share is not None)
     assert all("cannot keep the schedule" in text and str(share) in text for text in faults)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import locust  # isort: skip  # noqa: F401  # replaces blocking calls with gevent's
 
 import argparse
-import ast
 import contextlib
 import io
 import os
@@ -23,11 +22,11 @@ from locust.argument_parser import get_parser
 from locust.env import Environment
 from programs import (
     QUICK_LOCUST,
-    ROOT,
     Program,
     Start,
     WebUI,
     bus_options,
+    documented_commands,
     wait_until,
 )
 from rows import fire
@@ -224,10 +223,8 @@ def test_a_wrong_limit_of_the_web_form_fails_and_says_what_to_write(run: Run) ->
 
 def documented() -> list[str]:
     """Return the arguments of the command that the first lines show."""
-    text = ast.get_docstring(ast.parse((ROOT / "plugins/verdict.py").read_text("utf-8"))) or ""
-    command = text.split("\n\n")[1].replace("\\\n", "")
-    program, *arguments = shlex.split(command)
-    assert program == "locust"
+    command, *_ = documented_commands(verdict.__doc__)
+    _, *arguments = shlex.split(command)
     return arguments
 
 
